@@ -1,0 +1,95 @@
+"""How every command speaks: results on stdout (a table, or JSON), everything else on stderr.
+
+Text out of data goes through `vlkit.escape` here, at the edge, so that no caption or file name can send
+escapes to the terminal.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape as escape_markup
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vlkit.contracts import Progress as ProgressCallback
+from vlkit.escape import one_line, terminal_text
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def out() -> Console:
+    """The console on stdout; made at each call so that tests can replace sys.stdout."""
+    return Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def log() -> Console:
+    """The console on stderr."""
+    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """One remark on stderr; the text is shown as it is, never run as markup or escapes."""
+    log().print(escape_markup(terminal_text(message)))
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on one line of stdout. ASCII escapes keep hostile text from acting on the terminal."""
+    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+
+
+def print_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table on stdout; every column but the first is right-aligned when all its cells are numbers."""
+    cells = [[one_line(_text(cell)) for cell in row] for row in rows]
+    table = Table(title=None if title is None else escape_markup(one_line(title)), title_justify="left")
+    for position, name in enumerate(columns):
+        numeric = bool(cells) and all(_is_number(row[position]) for row in cells)
+        table.add_column(escape_markup(name), justify="right" if numeric else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*(escape_markup(cell) for cell in row))
+    out().print(table)
+
+
+@contextmanager
+def progress_bar(label: str, unit: str = "items") -> Iterator[ProgressCallback]:
+    """A bar on stderr with count, rate and time left; silent when stderr is no terminal.
+
+    Yields:
+        A callback that takes (done, total).
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(f"{{task.fields[rate]}} {unit}/s"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    console = log()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=False) as bar:
+        task = bar.add_task(escape_markup(one_line(label)), total=None, rate="-")
+
+        def report(done: int, total: int) -> None:
+            speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
+            bar.update(task, completed=done, total=total, rate=f"{speed:.0f}" if speed else "-")
+
+        yield report
+
+
+def _text(cell: object) -> str:
+    if isinstance(cell, float):
+        return f"{cell:.4g}"
+    return "" if cell is None else str(cell)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.rstrip("%").replace(",", "") or "0")
+    except ValueError:
+        return False
+    return True
