@@ -46,7 +46,23 @@ class Features(NamedTuple):
     patches: "Tensor | None" = None  # (B,P,D)
     words: "Tensor | None" = None  # (R,T,D)
     word_mask: "Tensor | None" = None  # (R,T) bool
-    extra: "Mapping[str, Tensor]" = {}
+    extra: "Mapping[str, Tensor]" = {}  # noqa: RUF012  (shared, but a Mapping: nobody writes into it)
+
+
+class MethodRow(NamedTuple):
+    """One row of a folder's table of methods: what `vlkit methods` and the README show.
+
+    Each folder of methods (losses/, models/heads/, addons/<slot>/) holds in its `__init__.py` one dict literal
+    `METHODS: dict[str, MethodRow]` whose keys are the stems of its method files; tests/test_architecture.py
+    asks for a row and a test of every file.
+    """
+
+    name: str  # the file's stem, as on the command line
+    slot: str  # where it acts: "loss", "head", "class_weights", ...
+    needs: str  # what it needs besides the encoder: "pairs", "class names", "unlabelled images", ...
+    cost: str  # what it costs, in words a user can weigh: "none", "one pass over the gallery", ...
+    source: str  # paper or code it comes from
+    when: str  # when to use it, in one sentence
 
 
 class PairScore(ABC):

@@ -35,19 +35,19 @@ def gather_rows(rows: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return rows
-    gathered: Tensor = _GatherRows.apply(rows)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _GatherRows.apply(rows)
     return gathered
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: object, rows: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: object, rows: Tensor) -> Tensor:
         out = rows.new_empty((rows.shape[0] * world_size(), *rows.shape[1:]))
         dist.all_gather_into_tensor(out, rows.contiguous())
         return out
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: object, grad: Tensor) -> Tensor:
         grad = grad.contiguous().clone()
         dist.all_reduce(grad)
         per_rank = grad.shape[0] // world_size()

@@ -1,0 +1,1 @@
+"""What acts on the texts, vectors or scores of a frozen model; each folder below is one slot."""

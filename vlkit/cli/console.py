@@ -8,11 +8,10 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
-from rich.markup import escape as escape_markup
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -21,20 +20,23 @@ from vlkit.escape import one_line, terminal_text
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
+# A table that goes into a file or a pipe is not folded at 80 columns: each row stays one line.
+_UNFOLDED = 10_000
+
 
 def out() -> Console:
     """The console on stdout; made at each call so that tests can replace sys.stdout."""
-    return Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+    return _console(sys.stdout, None if sys.stdout.isatty() else _UNFOLDED)
 
 
 def log() -> Console:
     """The console on stderr."""
-    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    return _console(sys.stderr, None)
 
 
 def say(message: str) -> None:
     """One remark on stderr; the text is shown as it is, never run as markup or escapes."""
-    log().print(escape_markup(terminal_text(message)))
+    log().print(terminal_text(message), soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
@@ -45,12 +47,12 @@ def print_json(value: Any) -> None:
 def print_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table on stdout; every column but the first is right-aligned when all its cells are numbers."""
     cells = [[one_line(_text(cell)) for cell in row] for row in rows]
-    table = Table(title=None if title is None else escape_markup(one_line(title)), title_justify="left")
+    table = Table(title=None if title is None else one_line(title), title_justify="left")
     for position, name in enumerate(columns):
         numeric = bool(cells) and all(_is_number(row[position]) for row in cells)
-        table.add_column(escape_markup(name), justify="right" if numeric else "left", overflow="fold")
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in cells:
-        table.add_row(*(escape_markup(cell) for cell in row))
+        table.add_row(*row)
     out().print(table)
 
 
@@ -62,23 +64,28 @@ def progress_bar(label: str, unit: str = "items") -> Iterator[ProgressCallback]:
         A callback that takes (done, total).
     """
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(f"{{task.fields[rate]}} {unit}/s"),
+        TextColumn(f"{{task.fields[rate]}} {unit}/s", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
     console = log()
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=False) as bar:
-        task = bar.add_task(escape_markup(one_line(label)), total=None, rate="-")
+        task = bar.add_task(one_line(label), total=None, rate="-")
 
         def report(done: int, total: int) -> None:
             speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
             bar.update(task, completed=done, total=total, rate=f"{speed:.0f}" if speed else "-")
 
         yield report
+
+
+def _console(file: TextIO, width: int | None) -> Console:
+    # rich would read [red] in a caption as a colour and :dog: in a path as a picture.
+    return Console(file=file, width=width, markup=False, emoji=False, highlight=False)
 
 
 def _text(cell: object) -> str:

@@ -4,6 +4,7 @@ Every reader in `vlkit/data/sources/` yields these and nothing else, so whatever
 (shard building, embedding, classification, evaluation) knows one type.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -40,11 +41,12 @@ class ImageRef:
                 assert self.size is not None
                 file.seek(self.offset)
                 content = file.read(self.size)
+                end = file.seek(0, os.SEEK_END)
         except OSError as error:
             raise DataError(f"Cannot read image {self.path}: {error.strerror or error}.") from error
         if len(content) < self.size:
             raise DataError(
-                f"{self.path} ends at byte {self.offset + len(content)}, but an image should reach byte "
+                f"{self.path} ends at byte {end}, but an image should reach byte "
                 f"{self.offset + self.size}: the file was cut. Copy or build it again."
             )
         return content

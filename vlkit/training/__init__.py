@@ -1,0 +1,1 @@
+"""Training: one loop, and what pretraining puts around it."""

@@ -1,0 +1,196 @@
+"""Reports: one self-contained HTML page made of sections; it loads nothing and runs no script.
+
+    write_report("report.html", "What was measured", [Table(...), Matrix(...), Gallery(...), Picture(...)])
+
+Every text is escaped by jinja2, and the page's own policy forbids scripts, so hostile captions and file names
+are shown as text.
+"""
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+from torch import Tensor
+
+from vlkit.data.atomic import atomic_file
+from vlkit.data.decode import decode_image
+from vlkit.data.records import ImageRef
+from vlkit.errors import DataError
+from vlkit.escape import one_line
+
+THUMBNAIL_SIDE = 160  # pixels
+# A matrix with more classes is cut to those with the most mistakes: cells below 6 pixels say nothing.
+MAX_CLASSES = 120
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text and numbers."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    note: str = ""
+    kind: str = field(default="table", init=False)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image file's bytes (PNG or JPEG), for instance a curve."""
+
+    title: str
+    content: bytes
+    note: str = ""
+    kind: str = field(default="picture", init=False)
+
+    @property
+    def url(self) -> str:
+        """The picture as a data URL."""
+        media = "png" if self.content.startswith(b"\x89PNG") else "jpeg"
+        return f"data:image/{media};base64," + base64.b64encode(self.content).decode("ascii")
+
+
+@dataclass(frozen=True)
+class Card:
+    """One item of a gallery: a picture, a text, or both."""
+
+    image: str | None = None  # data URL
+    text: str = ""
+    note: str = ""  # small print: score, rank
+    right: bool | None = None  # marks right and wrong answers; None marks nothing
+
+
+@dataclass(frozen=True)
+class Query:
+    """What was asked, and what came."""
+
+    asked: Card
+    answers: Sequence[Card]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Queries beside their answers."""
+
+    title: str
+    queries: Sequence[Query]
+    note: str = ""
+    kind: str = field(default="gallery", init=False)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One non-empty cell of a drawn matrix."""
+
+    row: int
+    column: int
+    count: int
+    share: float  # of its row
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A confusion matrix: rows are true classes, columns predicted ones."""
+
+    title: str
+    class_names: Sequence[str]
+    counts: Tensor  # (C,C) int64
+    note: str = ""
+    kind: str = field(default="matrix", init=False)
+
+    def __post_init__(self) -> None:
+        assert self.counts.shape == (len(self.class_names),) * 2, (self.counts.shape, len(self.class_names))
+
+    @property
+    def shown(self) -> list[int]:
+        """The classes drawn, in order: all, or those with the most mistakes."""
+        mistakes = self.counts.sum(1) + self.counts.sum(0) - 2 * self.counts.diagonal()
+        kept: list[int] = mistakes.argsort(descending=True, stable=True)[:MAX_CLASSES].sort().values.tolist()
+        return kept
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the drawn classes."""
+        return [one_line(self.class_names[index], 40) for index in self.shown]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """What to draw."""
+        part = self.counts[self.shown][:, self.shown]
+        share = part / self.counts[self.shown].sum(1, keepdim=True).clamp(min=1)
+        where = part.nonzero().tolist()
+        return [Cell(row, column, int(part[row, column]), share[row, column].item()) for row, column in where]
+
+    @property
+    def confused(self) -> list[tuple[str, str, int, str]]:
+        """The ten most frequent mistakes: true class, predicted class, count, share of the true class."""
+        wrong = self.counts.clone().fill_diagonal_(0)
+        counts, places = wrong.flatten().topk(min(10, wrong.numel()))
+        return [
+            (
+                one_line(self.class_names[place // len(wrong)]),
+                one_line(self.class_names[place % len(wrong)]),
+                count,
+                f"{count / max(int(self.counts[place // len(wrong)].sum()), 1):.0%}",
+            )
+            for count, place in zip(counts.tolist(), places.tolist(), strict=True)
+            if count
+        ]
+
+
+Section = Table | Picture | Gallery | Matrix
+
+
+def write_report(path: str | Path, title: str, sections: Iterable[Section], subtitle: str = "") -> None:
+    """Write the page, whole or not at all.
+
+    Args:
+        path: where it goes; its folder is made.
+        title: of the page.
+        sections: in reading order.
+        subtitle: one line under the title.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("report.html.j2")
+    page = template.render(title=one_line(title), subtitle=one_line(subtitle), sections=list(sections))
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(target) as file:
+            file.write(page.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise DataError(f"Cannot write the report {path}: {error.strerror or error}.") from error
+
+
+def thumbnail(image: ImageRef | Tensor, side: int = THUMBNAIL_SIDE, where: str = "the image") -> str:
+    """A small JPEG as a data URL.
+
+    Args:
+        image: where the image lies, or its pixels (3,H,W) uint8.
+        side: the longer side, in pixels; a smaller image stays as it is.
+        where: names the image in an error.
+
+    Raises:
+        DataError: the image cannot be decoded.
+    """
+    pixels = image if isinstance(image, Tensor) else decode_image(image.read(), where=where, min_size=side)
+    assert pixels.dtype == torch.uint8 and pixels.ndim == 3, (pixels.dtype, pixels.shape)
+    small = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,172 @@
+"""Image-text retrieval in both directions, all captions used.
+
+source = read_source("flickr8k", split="test")
+evaluation = RetrievalEvaluator(source.records).run(vlkit.load_embedder("run:runs/f8k"))
+evaluation.metrics["text_to_image/recall@1"], evaluation.intervals["text_to_image/recall@1"]
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from eval.examples import RetrievalExample, choose_examples
+from eval.features import IMAGES, EmbeddingSource, check_finite, embed_records, parts_of
+from eval.metrics import RetrievalRanks, bootstrap_interval, expected_rank, hit_probability, retrieval_ranks
+from vlkit.addons.class_weights.templates import templates_hash
+from vlkit.contracts import Evaluation, Evaluator, Progress
+from vlkit.data.records import Record, text_to_image
+from vlkit.errors import DataError
+
+CAPTION_TEMPLATES = ("{}",)  # captions are embedded as they are
+
+
+class Measured(NamedTuple):
+    """Numbers of one retrieval."""
+
+    ranks: RetrievalRanks
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class RetrievalEvaluator(Evaluator):
+    """Recall@K, median rank and their intervals of a model on images with captions.
+
+    Images without captions are left out, and so are unreadable images with their captions; both are counted.
+
+    Attributes:
+        records: images with any number of captions each.
+        ks: the K of recall@K.
+        batch_size: images encoded together.
+        workers: threads that decode; None is one per core.
+        seed: of the bootstrap.
+        num_examples: queries of each direction to keep for a report, half of them answered right.
+        progress: called with (done, total) over images and texts together.
+    """
+
+    records: Sequence[Record]
+    ks: tuple[int, ...] = (1, 5, 10)
+    batch_size: int = 64
+    workers: int | None = None
+    seed: int = 0
+    num_examples: int = 0
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        """Check.
+
+        Raises:
+            DataError: no image has a caption.
+        """
+        if not any(record.captions for record in self.records):
+            raise DataError(f"None of the {len(self.records)} images has a caption; retrieval needs captions.")
+
+    def run(self, source: EmbeddingSource, pipeline: None = None) -> Evaluation:
+        """Embed, rank, count.
+
+        Args:
+            source: the model.
+            pipeline: there are no add-ons for this evaluator yet.
+
+        Returns:
+            Metrics `image_to_text/recall@K`, `text_to_image/recall@K`, `mean_recall@K` (mean of the two) and
+            `.../median_rank`; one row a query in `per_item`; figures `examples` and `unreadable_images`.
+
+        Raises:
+            DataError: no readable image.
+            GalleryError: features that are not finite.
+        """
+        captioned = [record for record in self.records if record.captions]
+        num_captions = sum(len(record.captions) for record in captioned)
+        of_images, of_texts = parts_of(self.progress, len(captioned), num_captions)
+        images = embed_records(source, captioned, self.batch_size, self.workers, of_images)
+        captions = [caption for record in images.records for caption in record.captions]
+        owners = torch.tensor(text_to_image(images.records))
+        text = source.embed_texts(captions, progress=of_texts)
+        check_finite(text, captions, "texts")
+        measured = measure_retrieval(images.features, text, owners, self.ks, self.seed)
+        examples: Sequence[RetrievalExample] = ()
+        if self.num_examples:
+            ranks = measured.ranks
+            examples = choose_examples(images.records, images.features, text, owners, ranks, self.num_examples)
+        return Evaluation(
+            metrics=measured.metrics,
+            intervals=measured.intervals,
+            protocol=self._protocol(),
+            counts={
+                "images": len(images.records),
+                "texts": len(captions),
+                "unreadable_images": len(images.unreadable),
+                "texts_of_unreadable_images": num_captions - len(captions),
+                "images_without_captions": len(self.records) - len(captioned),
+                "texts_that_several_images_share": _num_shared(captions, owners.tolist()),
+            },
+            per_item=_per_item(images.records, captions, measured.ranks, self.ks),
+            figures={"examples": tuple(examples), "unreadable_images": images.unreadable},
+        )
+
+    def _protocol(self) -> Mapping[str, object]:
+        return {
+            "images": IMAGES,
+            "captions": "all of each image",
+            "image_to_text": "an image is a hit when any of its captions is among the first K",
+            "text_to_image": "a caption is a hit when its image is among the first K",
+            "similarity": "cosine",
+            "ties": "within 1e-6 x max(1, |score|); the expectation over their random order",
+            "ks": list(self.ks),
+            "templates": "caption as it is",
+            "templates_hash": templates_hash(CAPTION_TEMPLATES),
+            "interval": f"95%, percentile bootstrap, 1000 resamples of images, seed {self.seed}",
+        }
+
+
+def measure_retrieval(image: Tensor, text: Tensor, owners: Tensor, ks: Sequence[int], seed: int = 0) -> Measured:
+    """Metrics and 95% intervals from features.
+
+    Args:
+        image: (N,D) unit norm.
+        text: (M,D) unit norm.
+        owners: (M,) the image row each text belongs to.
+        ks: the K of recall@K.
+        seed: of the bootstrap. What is resampled is images with all their captions.
+    """
+    ranks = retrieval_ranks(image, text, owners)
+    metrics: dict[str, float] = {}
+    intervals: dict[str, tuple[float, float]] = {}
+    for direction, units in (("image_to_text", torch.arange(len(image))), ("text_to_image", owners)):
+        of_queries = getattr(ranks, direction)
+        hits = torch.stack([hit_probability(of_queries, k) for k in ks], dim=1)
+        low, high = bootstrap_interval(hits, units=units, seed=seed)
+        for place, k in enumerate(ks):
+            metrics[f"{direction}/recall@{k}"] = hits[:, place].mean().item()
+            intervals[f"{direction}/recall@{k}"] = (low[place].item(), high[place].item())
+    for direction in ("image_to_text", "text_to_image"):
+        metrics[f"{direction}/median_rank"] = float(np.median(expected_rank(getattr(ranks, direction)).numpy()))
+    for k in ks:
+        metrics[f"mean_recall@{k}"] = (metrics[f"image_to_text/recall@{k}"] + metrics[f"text_to_image/recall@{k}"]) / 2
+    return Measured(ranks, metrics, intervals)
+
+
+def _num_shared(captions: Sequence[str], owners: Sequence[int]) -> int:
+    """Captions whose very words also describe another image: they cannot be told apart."""
+    num_images = Counter(caption for caption, _ in set(zip(captions, owners, strict=True)))
+    return sum(num_images[caption] > 1 for caption in captions)
+
+
+def _per_item(records: Sequence[Record], captions: Sequence[str], ranks: RetrievalRanks, ks: Sequence[int]) -> pa.Table:
+    """One row a query: images first, then captions."""
+    keys = [record.key for record in records]
+    columns = {
+        "direction": ["image_to_text"] * len(keys) + ["text_to_image"] * len(captions),
+        "key": keys + [record.key for record in records for _ in record.captions],
+        "caption": [None] * len(keys) + list(captions),
+        "rank": torch.cat([expected_rank(one) for one in ranks]).numpy(),
+    }
+    hits = {f"hit@{k}": torch.cat([hit_probability(one, k) for one in ranks]).numpy() for k in ks}
+    return pa.table(columns | hits)

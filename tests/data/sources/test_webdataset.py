@@ -1,0 +1,92 @@
+"""Tar shards as a source."""
+
+import io
+import tarfile
+
+import pytest
+
+from vlkit.data.sources import read_source
+from vlkit.errors import DataError
+
+
+def write_tar(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def sample(key, captions=b"a dog\nein Hund\n", **more):
+    fields = {"jpg": b"image " + key.encode(), "txt": captions, **more}
+    return [(f"{key}.{suffix}", content) for suffix, content in fields.items() if content is not None]
+
+
+def test_records_point_into_the_tars(tmp_path):
+    write_tar(tmp_path / "00000.tar", sample("000") + sample("001", b"one"))
+    write_tar(tmp_path / "00001.tar", sample("000", None, json=b'{"caption": "from json"}'))
+    source = read_source(tmp_path)
+    assert source.format == "webdataset"
+    assert [(record.key, record.captions) for record in source] == [
+        ("00000/000", ("a dog", "ein Hund")),
+        ("00000/001", ("one",)),
+        ("00001/000", ("from json",)),
+    ]
+    assert [record.image.read() for record in source] == [b"image 000", b"image 001", b"image 000"]
+    assert [record.label for record in source] == [None] * 3
+    assert source.class_names == ()
+
+
+@pytest.mark.parametrize("spec", ["{00000..00001}.tar", "*.tar", "00001.tar"])
+def test_specifications(tmp_path, spec):
+    for name in ("00000", "00001"):
+        write_tar(tmp_path / f"{name}.tar", sample("k"))
+    keys = [record.key for record in read_source(tmp_path / spec)]
+    assert keys == (["00001/k"] if spec == "00001.tar" else ["00000/k", "00001/k"])
+
+
+def test_labels_and_class_names(tmp_path):
+    files = sample("a", cls=b"2") + sample("b", cls=b"0\n")
+    source = read_source(write_tar(tmp_path / "plain" / "0.tar", files))
+    assert ([record.label for record in source], source.class_names) == ([2, 0], ("0", "1", "2"))
+    named = write_tar(tmp_path / "named" / "test" / "0.tar", files)
+    (tmp_path / "named" / "classnames.txt").write_text("cat\ndog\nbird\nfish\n")
+    assert read_source(named).class_names == ("cat", "dog", "bird", "fish")
+    (tmp_path / "named" / "classnames.txt").write_text("cat\ndog\n")
+    with pytest.raises(DataError, match=r"classnames\.txt has 2 names, but a label is 2"):
+        read_source(named)
+
+
+def test_split_folders(tmp_path):
+    write_tar(tmp_path / "train" / "0.tar", sample("a"))
+    write_tar(tmp_path / "test" / "0.tar", sample("a"))
+    assert {record.key: record.split for record in read_source(tmp_path)} == {"test/0/a": "test", "train/0/a": "train"}
+    assert [record.key for record in read_source(tmp_path, split="train")] == ["train/0/a"]
+    with pytest.raises(DataError, match=r"No split 'val' in .* Present: train, test\."):
+        read_source(tmp_path, split="val")
+
+
+def test_what_is_wrong_is_counted_with_shard_and_key(tmp_path):
+    files = sample("a") + sample("b", cls=b"many") + [("c.txt", b"no image")] + sample("d", None)
+    source = read_source(write_tar(tmp_path / "00007.tar", files))
+    assert [record.key for record in source] == ["00007/a", "00007/d"]
+    lines = "\n".join(source.problems.lines())
+    assert "00007/b (shard 00007.tar, sample b: .cls holds" in lines
+    assert "no image: 00007.tar: c" in lines
+    assert "00007.tar: d" in lines  # a sample without caption
+
+
+def test_truncated_shard_keeps_what_comes_before_the_cut(tmp_path):
+    path = write_tar(tmp_path / "00000.tar", sample("a") + sample("b") + sample("c"))
+    with open(path, "r+b") as file:
+        file.truncate(512 * 9)
+    source = read_source(path)
+    assert [record.key for record in source] == ["00000/a", "00000/b"]
+    assert source.problems.total
+
+
+def test_missing_shard(tmp_path):
+    with pytest.raises(DataError, match="0000"):
+        read_source(tmp_path / "{00000..00003}.tar")

@@ -1,0 +1,195 @@
+"""`vlkit classify`: name the images of folders, files or shards with classes the user chooses."""
+
+import csv
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vlkit.cli.console import Json, print_json, print_table, progress_bar, say
+from vlkit.errors import ConfigError, DataError
+from vlkit.escape import csv_cell
+
+if TYPE_CHECKING:
+    from vlkit.classify import Classified, Sorter, Unreadable
+
+MAX_UNREADABLE_SHOWN = 20
+MAX_TABLE_ROWS = 200
+
+
+def classify(
+    images: Annotated[list[str], typer.Argument(help="Folders (recursive), image files, .tar shards.")],
+    model: Annotated[str, typer.Option(help="run:FOLDER, local-dir:FOLDER or open_clip:NAME/TAG.")],
+    classes: Annotated[str | None, typer.Option(help="Class names, separated by commas, or a file's path.")] = None,
+    classes_file: Annotated[
+        Path | None, typer.Option(help="One class a line; `name | synonym | synonym` scores the maximum.")
+    ] = None,
+    templates: Annotated[
+        str, typer.Option(help="none, photo, simple, imagenet80, a file, or a text with {}.")
+    ] = "simple",
+    top: Annotated[int, typer.Option(min=1, help="Classes to give for each image.")] = 5,
+    min_probability: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Below it an image counts as unsure.")
+    ] = 0.0,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write a CSV file.")] = None,
+    sort_into: Annotated[Path | None, typer.Option(help="Put each image into DIR/<class>/; nothing is moved.")] = None,
+    link: Annotated[bool, typer.Option("--link/--copy", help="How --sort-into places images.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page with thumbnails.")] = None,
+    device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a device's name.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded together.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Decoders beside this process.")] = min(os.cpu_count() or 1, 8),
+    json_lines: Json = False,
+) -> None:
+    """Classify images zero-shot. Unreadable images are listed at the end and do not stop the run."""
+    # Cheap checks first: a mistyped class list should not wait for torch.
+    lines, where = _class_lines(classes, classes_file)
+    from vlkit.addons.class_weights.templates import load_templates
+    from vlkit.addons.classifier import ZeroShotClassifier, parse_class_list
+    from vlkit.classify import Sorter, classify_images, gather_images, write_report
+    from vlkit.models.load import load_embedder
+
+    class_list = parse_class_list(lines, where)
+    chosen_templates = load_templates(templates)
+    source = gather_images(images)
+    for line in source.problems.lines():
+        say(f"left out: {line}")
+    embedder = load_embedder(model, device=device)
+    classifier = ZeroShotClassifier.build(embedder, class_list, chosen_templates)
+    sorter = Sorter(sort_into, classifier.class_names, link=link) if sort_into is not None else None
+    with ExitStack() as stack:
+        write_row = _csv_writer(stack, csv_file, min(top, len(class_list))) if csv_file is not None else None
+        sinks = _Sinks(json_lines, classifier.rule, write_row, sorter)
+        results = classify_images(
+            embedder,
+            classifier,
+            source.records,
+            top=top,
+            min_probability=min_probability,
+            batch_size=batch_size,
+            workers=workers,
+            progress=stack.enter_context(progress_bar("classify", "images")),
+        )
+        passed_on = sinks.pass_on(results)
+        if report is not None:
+            names, rule = classifier.class_names, classifier.rule
+            write_report(
+                report, passed_on, class_names=names, model=model, rule=rule, min_probability=min_probability
+            )
+        for _ in passed_on:  # without a report nobody else has consumed them
+            pass
+    num_classified = len(source.records) - len(sinks.unreadable)
+    if not json_lines:
+        title = f"{num_classified} images; {classifier.rule}"
+        print_table(title, ["image", "class", "probability", "next"], sinks.table)
+        if num_classified > len(sinks.table):
+            say(f"... {num_classified - len(sinks.table)} more; --csv or --json gives all.")
+    _closing_remarks(sinks.unreadable, sorter, [path for path in (report, csv_file) if path is not None])
+
+
+class _Sinks:
+    """Where each result goes as it comes: JSON lines, CSV rows, sorted folders, the table shown at the end."""
+
+    def __init__(
+        self,
+        json_lines: bool,
+        rule: str,
+        write_row: "Callable[[Classified | Unreadable], None] | None",
+        sorter: "Sorter | None",
+    ) -> None:
+        self.json_lines, self.rule, self.write_row, self.sorter = json_lines, rule, write_row, sorter
+        self.unreadable: list[Unreadable] = []
+        self.table: list[tuple[object, ...]] = []
+
+    def pass_on(self, results: "Iterable[Classified | Unreadable]") -> "Iterator[Classified | Unreadable]":
+        """The same results, each sent to every sink on its way."""
+        from vlkit.classify import Unreadable
+
+        for result in results:
+            if self.json_lines:
+                print_json(_as_json(result, self.rule))
+            if self.write_row is not None:
+                self.write_row(result)
+            if isinstance(result, Unreadable):
+                self.unreadable.append(result)
+            else:
+                if self.sorter is not None:
+                    self.sorter.place(result)
+                if len(self.table) < MAX_TABLE_ROWS:
+                    self.table.append(_table_row(result))
+            yield result
+
+
+def _class_lines(classes: str | None, classes_file: Path | None) -> tuple[list[str], str]:
+    if (classes is None) == (classes_file is None):
+        raise ConfigError("Give the classes once: --classes dog,cat,... or --classes-file FILE with one a line.")
+    path = classes_file
+    if path is None and classes is not None and "," not in classes and Path(classes).is_file():
+        path = Path(classes)
+    if path is None:
+        assert classes is not None
+        return (classes.split(",") if classes.strip() else []), "--classes"
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines(), str(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"Cannot read the class file {path}: {error}. It must be UTF-8 text, one class a line."
+        ) from error
+
+
+def _csv_writer(stack: ExitStack, path: Path, top: int) -> "Callable[[Classified | Unreadable], None]":
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context(path.open("w", newline="", encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"Cannot write {path}: {error.strerror or error}.") from error
+    writer = csv.writer(file)
+    columns = [f"{kind}_{rank}" for rank in range(1, top + 1) for kind in ("class", "probability")]
+    writer.writerow(["image", "unsure", "error", *columns])
+
+    from vlkit.classify import Unreadable
+
+    def write(result: "Classified | Unreadable") -> None:
+        if isinstance(result, Unreadable):
+            row: list[object] = [result.record.key, "", result.reason]
+        else:
+            pairs = [cell for pair in result.classes for cell in pair]
+            row = [result.record.key, "yes" if result.unsure else "no", "", *pairs]
+        writer.writerow([csv_cell(cell) for cell in row])
+
+    return write
+
+
+def _as_json(result: "Classified | Unreadable", rule: str) -> dict[str, object]:
+    from vlkit.classify import Unreadable
+
+    if isinstance(result, Unreadable):
+        return {"path": result.record.key, "error": result.reason}
+    return {
+        "path": result.record.key,
+        "classes": [{"name": name, "probability": round(probability, 6)} for name, probability in result.classes],
+        "unsure": result.unsure,
+        "probability": rule,
+    }
+
+
+def _table_row(result: "Classified") -> tuple[object, ...]:
+    name, probability = result.classes[0]
+    following = ", ".join(f"{other} {value:.1%}" for other, value in result.classes[1:3])
+    return result.record.key, "unsure" if result.unsure else name, f"{probability:.1%}", following
+
+
+def _closing_remarks(unreadable: "list[Unreadable]", sorter: "Sorter | None", written: list[Path]) -> None:
+    if sorter is not None:
+        verb = "linked" if sorter.link else "copied"
+        say(f"{sorter.placed} images {verb} into {sorter.folder}; {sorter.already_there} were there already.")
+    for path in written:
+        say(f"written: {path}")
+    if unreadable:
+        say(f"{len(unreadable)} unreadable images:")
+        for item in unreadable[:MAX_UNREADABLE_SHOWN]:
+            say(f"  {item.record.key}: {item.reason}")
+        if len(unreadable) > MAX_UNREADABLE_SHOWN:
+            say(f"  ... and {len(unreadable) - MAX_UNREADABLE_SHOWN} more (--json lists all).")

@@ -1,0 +1,59 @@
+"""Random numbers that depend on nothing but (seed, epoch, sample, purpose).
+
+    generator(seed=0, epoch=3, sample_id=120_034, purpose="augment").random()
+
+Philox is a counter-based generator: it has no state to carry along, so a sample gets the same numbers in any process,
+in any order and after any restart. Making one takes 10 microseconds; reseeding torch takes ten times as long.
+
+What is promised: for equal arguments `raw` and `permutation` give equal numbers with every version of numpy (numpy
+keeps the output of its bit generators). `generator(...).random()` has been stable as well, and frozen values in the
+tests would show a change.
+
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", SC'11 (Philox4x64-10).
+"""
+
+import hashlib
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+_WORD = 2**64
+
+
+def generator(seed: int, epoch: int, sample_id: int, purpose: str) -> np.random.Generator:
+    """A generator of its own for one purpose about one sample in one epoch.
+
+    Args:
+        seed: of the run; taken modulo 2**64.
+        epoch: counted from 0.
+        sample_id: position in the shard index.
+        purpose: keeps the numbers for different uses apart: "augment", "captions", ...
+    """
+    return np.random.Generator(_philox(seed, epoch, sample_id, purpose))
+
+
+def raw(seed: int, epoch: int, sample_id: int, purpose: str, count: int) -> NDArray[np.uint64]:
+    """The first `count` 64-bit numbers of that stream."""
+    numbers: NDArray[np.uint64] = _philox(seed, epoch, sample_id, purpose).random_raw(count)
+    return numbers
+
+
+def permutation(seed: int, epoch: int, sample_id: int, purpose: str, count: int) -> NDArray[np.int64]:
+    """A permutation of 0..count-1: the order of `count` raw numbers.
+
+    Numpy does not promise that its own shuffle stays the same; sorting random numbers cannot change.
+    """
+    return np.argsort(raw(seed, epoch, sample_id, purpose, count), kind="stable")
+
+
+def _philox(seed: int, epoch: int, sample_id: int, purpose: str) -> np.random.Philox:
+    # The lowest word counts the blocks drawn, so streams that differ in any other word never meet.
+    # As arrays: numpy would turn a list that mixes small numbers with those above 2**63 into floats.
+    key = np.array([seed % _WORD, _purpose_word(purpose)], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=np.array([0, 0, epoch, sample_id], dtype=np.uint64))
+
+
+@cache
+def _purpose_word(purpose: str) -> int:
+    return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,157 @@
+"""open_clip's own text and vision transformers, taken apart into towers.
+
+Only names that the published weights fix are used (conv1, ln_post, resblocks, ...), none of open_clip's private
+methods, so that a new release changes nothing here. What is no such transformer has no tower; `describe` says what
+it is.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlkit.models.tower import Block, TextTower, VisionTower
+
+# Poolings that read one position at or before the end token: with a causal mask nothing after it matters.
+_POOLS_UP_TO_END = ("argmax", "eos", "first")
+_KINDS = {
+    "TimmModel": "a timm model",
+    "ModifiedResNet": "a ResNet",
+    "VisionTransformer": "an attention-pooled ViT",
+    "HFTextEncoder": "a Hugging Face model",
+    "TextTransformer": "a transformer with a class token (CoCa)",
+}
+
+
+def describe(tower: nn.Module) -> str:
+    """What a tower without a way in is, for messages."""
+    return _KINDS.get(type(tower).__name__, f"a {type(tower).__name__}")
+
+
+def gives(vision: nn.Module, text: nn.Module) -> frozenset[str]:
+    """What a pair of open_clip towers can give besides image and text features."""
+    names: set[str] = set()
+    if has_vision_tower(vision):
+        names |= {"vision_tower", "patch_tokens"} | (set() if vision.final_ln_after_pool else {"patches"})
+    if has_text_tower(text):
+        names |= {"text_tower", "words"}
+    return frozenset(names)
+
+
+def has_vision_tower(vision: Any) -> bool:
+    """Whether this is open_clip's own ViT, pooled by class token or mean."""
+    return (
+        type(vision).__name__ == "VisionTransformer"
+        and vision.attn_pool is None
+        and vision.pool_type in ("tok", "avg")
+        and vision.transformer.batch_first
+    )
+
+
+def has_text_tower(text: Any) -> bool:
+    """Whether this is open_clip's own text transformer without a class token or padding mask."""
+    return (
+        type(text).__name__ == "TextTransformer"
+        and text.cls_emb is None
+        and not text.use_pad_mask
+        and text.pool_type in (*_POOLS_UP_TO_END, "last")
+        and text.transformer.batch_first
+    )
+
+
+def stops_at_end(text: Any) -> bool:
+    """Whether positions after a text's end token cannot change its features, so that they may be left out."""
+    return has_text_tower(text) and text.attn_mask is not None and text.pool_type in _POOLS_UP_TO_END
+
+
+def end_positions(text: Any, tokens: Tensor) -> Tensor:
+    """The position (R,) that pooling reads in each text of tokens (R,T)."""
+    if text.pool_type == "first":
+        return torch.zeros_like(tokens[:, 0])
+    if text.pool_type == "last":
+        return torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
+    if text.pool_type == "eos":
+        is_end: Tensor = tokens == text.eos_id
+        return is_end.int().argmax(dim=-1)
+    return tokens.argmax(dim=-1)  # the end token has the highest id
+
+
+def vision_tower(vision: Any, pixels: Callable[[Tensor], Tensor]) -> VisionTower:
+    """The stages of a ViT; `pixels` applies mean and std."""
+    norm_last = bool(vision.final_ln_after_pool)
+
+    def embed(images: Tensor) -> Tensor:
+        x = vision.conv1(pixels(images)).flatten(2).transpose(1, 2)  # (B,P,W)
+        first = vision.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        x = torch.cat([first, x], dim=1) + vision.positional_embedding.to(x.dtype)
+        out: Tensor = vision.ln_pre(vision.patch_dropout(x))
+        return out
+
+    def finish(x: Tensor) -> Tensor:
+        x = x if norm_last else vision.ln_post(x)
+        pooled = x[:, 1:].mean(dim=1) if vision.pool_type == "avg" else x[:, 0]
+        out: Tensor = (vision.ln_post(pooled) if norm_last else pooled) @ vision.proj
+        return out
+
+    def patches(x: Tensor) -> Tensor:
+        out: Tensor = x if norm_last else vision.ln_post(x)
+        return out[:, 1:]
+
+    return VisionTower(
+        embed=embed,
+        blocks=_blocks(vision.transformer, lambda x: None),
+        finish=finish,
+        grid=(int(vision.grid_size[0]), int(vision.grid_size[1])),
+        patches=patches,
+        # A norm after the mean is no map of single patches.
+        project=None if norm_last else lambda tokens: tokens @ vision.proj,
+    )
+
+
+def text_tower(text: Any) -> TextTower:
+    """The stages of a text transformer, causal or not."""
+
+    def embed(tokens: Tensor) -> Tensor:
+        dtype = text.transformer.get_cast_dtype()
+        x: Tensor = text.token_embedding(tokens).to(dtype)
+        positions: Tensor = text.positional_embedding[: tokens.shape[1]]
+        return x + positions.to(dtype)
+
+    def mask(x: Tensor) -> Tensor | None:
+        return None if text.attn_mask is None else _causal_mask(text.attn_mask, x.shape[1])
+
+    def project(x: Tensor) -> Tensor:
+        x = text.ln_final(x)
+        matrix = text.text_projection
+        if matrix is None:
+            return x
+        out: Tensor = matrix(x) if isinstance(matrix, nn.Module) else x @ matrix
+        return out
+
+    def finish(x: Tensor, tokens: Tensor) -> Tensor:
+        # The norm works on each position alone, so it need not see those that pooling drops.
+        return project(x[torch.arange(len(x), device=x.device), end_positions(text, tokens)])
+
+    def word_mask(tokens: Tensor) -> Tensor:
+        if text.pool_type != "argmax":
+            special = torch.tensor([text.pad_id, text.eos_id], device=tokens.device)
+            return ~torch.isin(tokens, special)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        return (positions > 0) & (positions < end_positions(text, tokens)[:, None])
+
+    return TextTower(
+        embed=embed, blocks=_blocks(text.transformer, mask), finish=finish, words=project, word_mask=word_mask
+    )
+
+
+def _blocks(transformer: Any, mask: Callable[[Tensor], Tensor | None]) -> tuple[Block, ...]:
+    recompute = bool(transformer.grad_checkpointing) and torch.is_grad_enabled()
+    return tuple(Block(module, mask, recompute) for module in transformer.resblocks)
+
+
+def _causal_mask(mask: Tensor, length: int) -> Tensor:
+    if length <= len(mask):
+        return mask[:length, :length]
+    # Prompts made the sequence longer than the model was built for.
+    return torch.full((length, length), float("-inf"), device=mask.device, dtype=mask.dtype).triu_(1)

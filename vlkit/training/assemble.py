@@ -1,0 +1,190 @@
+"""From a run file to the objects it names: encoder, loader, optimiser step. Shared by training and its dry run."""
+
+import os
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from vlkit.config import AugmentSettings, LossSettings, RunConfig
+from vlkit.contracts import ImageTextBatch
+from vlkit.data.loader import Loader
+from vlkit.data.shard_index import ShardSet
+from vlkit.data.transforms import Augment
+from vlkit.distributed import rank, world_size
+from vlkit.errors import ConfigError
+from vlkit.losses import TERMS, LossOutput, Objective
+from vlkit.models.dual_encoder import DualEncoder
+from vlkit.models.load import load_encoder, pick_device
+
+# Where the parameters and modules of each tower are found, in an encoder or in the model it wraps.
+TOWERS = {"image": "visual", "text": "text"}
+
+# What the batches of the loader hold beyond what the encoder gives.
+DATA_GIVES = frozenset({"caption_hash", "ids", "text_to_image", "valid"})
+
+_MOST_WORKERS = 16
+
+
+class PretrainStep(nn.Module):
+    """Encoder and objective in one module, so that wrappers for several processes see one forward.
+
+    Args:
+        encoder: images and texts to features.
+        objective: features to losses.
+        precision: "bf16" runs the encoder under autocast; the losses are float32 in any case.
+    """
+
+    def __init__(self, encoder: DualEncoder, objective: Objective, precision: Literal["fp32", "bf16"] = "fp32") -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.objective = objective
+        self.precision = precision
+
+    def forward(self, batch: ImageTextBatch, step: int) -> LossOutput:
+        """The losses of a batch that is on the encoder's device."""
+        with torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            features = self.encoder(batch)
+        output: LossOutput = self.objective(features, batch, step)
+        return output
+
+
+def choose_device(run: RunConfig) -> torch.device:
+    """The device of this process; with several processes on a machine each takes the GPU of its local number."""
+    device = pick_device(run.run.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    return device
+
+
+def join_processes(device: torch.device) -> bool:
+    """Join the other processes when `torchrun` started several; whether it did so here."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return False
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return True
+
+
+def choose_precision(run: RunConfig, device: torch.device) -> Literal["fp32", "bf16"]:
+    """What `optim.precision` means on a device.
+
+    Raises:
+        ConfigError: bf16 was asked for, and the device cannot.
+    """
+    capable = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if run.optim.precision == "bf16" and not capable:
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f'optim.precision = "bf16", but {name} has no bf16. Use "fp32" or "auto".')
+    if run.optim.precision == "auto":
+        return "bf16" if device.type == "cuda" and capable else "fp32"
+    return run.optim.precision
+
+
+def build_encoder(run: RunConfig, device: torch.device) -> DualEncoder:
+    """The encoder of a run in training mode; random weights follow from `run.seed`.
+
+    Raises:
+        ModelError: an unknown architecture or model.
+    """
+    from vlkit.models import open_clip_encoder
+
+    torch.manual_seed(run.run.seed)
+    size = run.data.image_size
+    encoder: DualEncoder
+    if run.model.init is not None:
+        encoder = load_encoder(run.model.init, image_size=size)
+    else:
+        architecture = run.model.name if run.model.name is not None else run.model.architecture
+        assert architecture is not None
+        encoder = open_clip_encoder.build_encoder(architecture, image_size=size)
+    encoder.train()
+    for tower in run.model.freeze:
+        freeze(encoder, tower)
+    return encoder.to(device)
+
+
+def freeze(encoder: DualEncoder, tower: Literal["image", "text"]) -> None:
+    """Keep a tower's weights, and its batch statistics, as they are. Call it after `encoder.train()`."""
+    module = tower_module(encoder, tower)
+    module.eval()
+    module.requires_grad_(False)
+
+
+def tower_module(encoder: DualEncoder, tower: Literal["image", "text"]) -> nn.Module:
+    """The module that holds a tower's weights."""
+    names = (f"model.{TOWERS[tower]}", TOWERS[tower])
+    found = [module for name, module in encoder.named_modules() if name in names]
+    assert len(found) == 1, f"{type(encoder).__name__} has {len(found)} modules named {' or '.join(names)}"
+    return found[0]
+
+
+def build_objective(settings: LossSettings, encoder: DualEncoder) -> Objective:
+    """The weighted losses of a run.
+
+    Raises:
+        ConfigError: a loss needs what neither the model nor the data gives.
+    """
+    terms = {name: (weight, TERMS[name]()) for name, weight in settings.model_dump().items()}
+    return Objective(terms, gives=encoder.gives | DATA_GIVES)
+
+
+def build_loader(run: RunConfig, shards: ShardSet, encoder: DualEncoder) -> Loader:
+    """The training batches of this process."""
+    return Loader(
+        shards,
+        encoder.tokenize,
+        batch_size=run.data.global_batch_size,
+        preprocess=encoder.preprocess,
+        augment=None if run.data.augment is None else _augment(run.data.augment),
+        captions_per_image=run.data.captions_per_image,
+        seed=run.run.seed,
+        workers=num_workers(run, encoder.device),
+        rank=rank(),
+        world_size=world_size(),
+        max_bad_fraction=run.data.max_bad_fraction,
+    )
+
+
+def num_workers(run: RunConfig, device: torch.device) -> int:
+    """Decoding processes for this training process: on a GPU the cores it leaves idle, on a CPU one."""
+    if isinstance(run.data.workers, int):
+        return run.data.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max(share - 1, 0), 1 if device.type == "cpu" else _MOST_WORKERS)
+
+
+def batches_from(loader: Loader, step: int) -> Iterator[ImageTextBatch]:
+    """The batches after `step` steps, epoch after epoch without end."""
+    epoch, index = loader.plan.position(step)
+    while True:
+        yield from loader.epoch(epoch, start=index)
+        epoch, index = epoch + 1, 0
+
+
+def to_device(batch: ImageTextBatch, device: torch.device) -> ImageTextBatch:
+    """The batch on a device. Images stay uint8: a quarter of the bytes to copy."""
+    if device.type == "cpu":
+        return batch
+    moved = {name: getattr(batch, name).to(device, non_blocking=True) for name in _TENSORS}
+    extra = {name: value.to(device, non_blocking=True) for name, value in batch.extra.items()}
+    return batch._replace(**moved, extra=extra)
+
+
+# `ids` and `keys` stay: they are for messages.
+_TENSORS = ("images", "tokens", "text_to_image", "caption_hash", "valid")
+
+
+def total_steps(run: RunConfig, steps_per_epoch: int) -> int:
+    """How many optimisation steps a run has, at least one."""
+    length = run.run.length
+    return max(
+        1, length.in_steps(total=0, steps_per_epoch=steps_per_epoch, batch_size=run.data.global_batch_size)
+    )
+
+
+def _augment(settings: AugmentSettings) -> Augment:
+    return Augment(**settings.model_dump())

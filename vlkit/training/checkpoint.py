@@ -1,0 +1,209 @@
+"""Checkpoints: whole or absent, provably so, and enough to continue bit for bit.
+
+    OUT/checkpoints/step_00000100/
+        model/                    the encoder in `save_encoder`'s layout: loads in vlkit and in plain open_clip
+        optimizer.safetensors     state of the optimiser and of the losses, by name of the parameter
+        state.json                step, settings, identity of data and model, random states, versions
+        manifest.json             size and sha256 of every file
+
+The order of the samples and every random choice about them follow from seed and step, so that no state of the
+loader is kept and the number of its workers may change.
+"""
+
+import json
+import platform
+import random
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vlkit import __version__
+from vlkit.errors import CheckpointError
+from vlkit.models.dual_encoder import DualEncoder
+from vlkit.models.saved import (
+    WEIGHTS,
+    atomic_folder,
+    check_manifest,
+    read_json,
+    save_encoder,
+    write_json,
+    write_manifest,
+)
+
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+
+
+class Found(NamedTuple):
+    """The checkpoint to continue from."""
+
+    path: Path | None  # None: there is none
+    notes: list[str]  # what was passed over, and why
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoints of a run folder, oldest first, whole or not."""
+    return sorted(path for path in (run / "checkpoints").glob("step_*") if path.is_dir())
+
+
+def latest_good(run: Path) -> Found:
+    """The newest checkpoint whose files are as they were written."""
+    notes: list[str] = []
+    for path in reversed(checkpoints(run)):
+        problem = check_manifest(path)
+        if problem is None:
+            ending = f" Continuing from {path.name}." if notes else ""
+            return Found(path, [note + ending for note in notes])
+        notes.append(f"Checkpoint {path.name} is damaged and was passed over: {problem}.")
+    return Found(None, notes)
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    encoder: DualEncoder,
+    optimizer: torch.optim.Optimizer,
+    losses: nn.Module,
+    state: Mapping[str, Any],
+) -> Path:
+    """Write the checkpoint of a step; it takes its name only when it is whole and on the disk.
+
+    Args:
+        state: what else to keep, in JSON types.
+
+    Raises:
+        CheckpointError: it cannot be written; earlier checkpoints are untouched.
+    """
+    from safetensors.torch import save_file
+
+    folder = checkpoint_folder(run, step)
+    tensors = {f"optimizer.{name}": value for name, value in _optimizer_tensors(optimizer).items()}
+    tensors |= {f"losses.{name}": value for name, value in losses.state_dict().items()}
+    with atomic_folder(folder) as new:
+        save_encoder(encoder, new / "model")
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, new / OPTIMIZER)
+        write_json(new / STATE, {"step": step, **state, "random": random_states(), "versions": versions()})
+        write_manifest(new)
+    return folder
+
+
+def load_checkpoint(
+    folder: Path, encoder: DualEncoder, optimizer: torch.optim.Optimizer, losses: nn.Module
+) -> dict[str, Any]:
+    """Put a checkpoint into objects built from the same settings.
+
+    Returns:
+        The state it was saved with.
+
+    Raises:
+        CheckpointError: it belongs to another model; what differs is listed.
+    """
+    from safetensors.torch import load_file
+
+    from vlkit.models.open_clip_encoder import OpenClipEncoder, load_exact
+
+    assert isinstance(encoder, OpenClipEncoder), type(encoder)
+    load_exact(encoder, folder / "model" / WEIGHTS)
+    tensors = load_file(folder / OPTIMIZER)
+    _load_optimizer(optimizer, _with_prefix(tensors, "optimizer."), folder)
+    losses.load_state_dict(_with_prefix(tensors, "losses."))
+    state = read_json(folder / STATE)
+    restore_random_states(state["random"])
+    return state
+
+
+def prune(run: Path, keep_last: int, keep: Collection[int]) -> None:
+    """Delete all checkpoints but the newest `keep_last` and those of the steps in `keep`; and what a crash left."""
+    kept = {checkpoint_folder(run, step) for step in keep}
+    for path in checkpoints(run)[:-keep_last]:
+        if path not in kept:
+            # Renamed first: a deletion that is interrupted must not leave half a checkpoint under this name.
+            doomed = path.with_name(f".{path.name}.old")
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+    for leftover in (run / "checkpoints").glob(".step_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def random_states() -> dict[str, Any]:
+    """The global generators of torch (CPU), numpy and Python, as JSON types.
+
+    The model does not depend on them, as training seeds torch anew for each step; what a user's own `every` draws
+    from them does.
+    """
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
+        "python": random.getstate(),
+    }
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """What `random_states` gave."""
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(states["torch"]), dtype=torch.uint8))
+    np.random.set_state(tuple(states["numpy"]))
+    version, inner, gauss = states["python"]
+    random.setstate((version, tuple(inner), gauss))
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers; kept for provenance, never compared."""
+    return {
+        "vlkit": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> list[str]:
+    """Each setting in which two trees of JSON types differ, as "key: old -> new"."""
+    found: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{place}{key}.")
+        elif before != after:
+            found.append(f"{place}{key}: {json.dumps(before)} -> {json.dumps(after)}")
+    return found
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = _names(optimizer)
+    state = optimizer.state_dict()["state"]
+    return {f"{names[index]}|{key}": value for index, values in state.items() for key, value in values.items()}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    numbers = {name: index for index, name in enumerate(_names(optimizer))}
+    state: dict[int, dict[str, Tensor]] = {}
+    saved = {name.rpartition("|")[0] for name in tensors}
+    if saved != numbers.keys():
+        odd = sorted(saved ^ numbers.keys())
+        raise CheckpointError(
+            f"{folder / OPTIMIZER} holds the state of other parameters than are trained now: {', '.join(odd[:5])}"
+            f"{', ...' if len(odd) > 5 else ''} ({len(odd)} differ). Continue with the settings it was saved with."
+        )
+    for name, value in tensors.items():
+        parameter, _, key = name.rpartition("|")
+        state.setdefault(numbers[parameter], {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _names(optimizer: torch.optim.Optimizer) -> list[str]:
+    return [name for group in optimizer.param_groups for name in group["names"]]
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
