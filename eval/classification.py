@@ -8,13 +8,13 @@ evaluation.metrics["accuracy@1"]
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from eval.features import IMAGES, EmbeddedRecords, embed_records
+from eval.features import IMAGES, ClassifyingSource, EmbeddedRecords, TextsReported, embed_records, parts_of
 from eval.metrics import (
     Ranks,
     bootstrap_interval,
@@ -24,12 +24,14 @@ from eval.metrics import (
     label_ranks,
     mean_per_class_recall,
 )
-from vlkit.addons.class_weights.templates import DEFAULT_TEMPLATES, templates_hash
+from vlkit.addons.class_weights.templates import DEFAULT_TEMPLATES, load_templates, templates_hash
 from vlkit.addons.classifier import ZeroShotClassifier, check_classes, parse_class
 from vlkit.contracts import Evaluation, Evaluator, Progress
 from vlkit.data.records import Record
 from vlkit.errors import DataError
-from vlkit.models.embedder import Embedder
+
+if TYPE_CHECKING:
+    from vlkit.models.embedder import Embedder
 
 # Rows scored together: 1024 x 20,000 classes are 80 MB.
 CHUNK = 1024
@@ -69,7 +71,7 @@ class ClassificationEvaluator(Evaluator):
         workers: threads that decode; None is one per core.
         seed: of the bootstrap.
         num_examples: images to keep for a report: the most certain right ones and the most certain wrong ones.
-        progress: called with (done, total) images.
+        progress: called with (done, total) over prompts and images together.
     """
 
     records: Sequence[Record]
@@ -104,7 +106,7 @@ class ClassificationEvaluator(Evaluator):
             )
         check_classes([parse_class(name) for name in self.class_names])
 
-    def run(self, source: Embedder, pipeline: None = None) -> Evaluation:
+    def run(self, source: ClassifyingSource, pipeline: None = None) -> Evaluation:
         """Embed the class names, embed the images, count.
 
         Args:
@@ -121,8 +123,13 @@ class ClassificationEvaluator(Evaluator):
             GalleryError: features that are not finite.
         """
         labelled = [record for record in self.records if record.label is not None]
-        classifier = ZeroShotClassifier.build(source, self.class_names, self.templates)
-        images = embed_records(source, labelled, self.batch_size, self.workers, self.progress)
+        templates = load_templates(self.templates) if isinstance(self.templates, str) else tuple(self.templates)
+        num_prompts = len(templates) * sum(len(parse_class(name).names) for name in self.class_names)
+        of_prompts, of_images = parts_of(self.progress, num_prompts, len(labelled))
+        # Of an Embedder the classifier uses what TextsReported gives.
+        embedder = cast("Embedder", TextsReported(source, of_prompts))
+        classifier = ZeroShotClassifier.build(embedder, self.class_names, templates)
+        images = embed_records(source, labelled, self.batch_size, self.workers, of_images)
         labels = torch.tensor([record.label for record in images.records])
         scored = _score(classifier, images.features, labels)
         hits = torch.stack([hit_probability(scored.ranks, k) for k in self.ks], dim=1)

@@ -37,16 +37,20 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(tree: ast.AST, inside_function: bool = False) -> Iterator[tuple[str, bool, int]]:
-    """(module, whether inside a function, line) of every import; `from vlkit.data import x` counts as `vlkit.data.x`
-    too, because x may be a module."""
+def imports(tree: ast.AST, later: bool = False) -> Iterator[tuple[str, bool, int]]:
+    """Every import as (module, whether it happens later than the import of its own module, line).
+
+    Later are those inside functions, and those under `if TYPE_CHECKING`, which never happen.
+    `from vlkit.data import x` counts as `vlkit.data.x`, because x may be a module.
+    """
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, inside_function, node.lineno) for alias in node.names)
+            yield from ((alias.name, later, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: relative import; name the module in full"
-            yield from ((f"{node.module}.{alias.name}", inside_function, node.lineno) for alias in node.names)
-        yield from imports(node, inside_function or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+            yield from ((f"{node.module}.{alias.name}", later, node.lineno) for alias in node.names)
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        yield from imports(node, later or for_types or isinstance(node, ast.FunctionDef))
 
 
 def unit(module: str) -> str | None:
@@ -59,13 +63,13 @@ def unit(module: str) -> str | None:
 def wrong_imports(path: Path) -> Iterator[str]:
     importer = name_of(path)
     package = importer.partition(".")[0]
-    for module, inside_function, line in imports(ast.parse(path.read_text(encoding="utf-8"))):
+    for module, later, line in imports(ast.parse(path.read_text(encoding="utf-8"))):
         place = f"{path.relative_to(ROOT)}:{line} imports {module}"
         target = module.partition(".")[0]
         if module == "eval" and target == "eval":
             yield f"{place}: it hides the builtin; write `from eval.x import y`"
         if target in {"eval", "data_tools"} and package == "vlkit":
-            if unit(importer) != "cli" or not inside_function:
+            if unit(importer) != "cli" or not later:
                 yield f"{place}: only functions of vlkit/cli may"
         elif target == "eval" and package == "data_tools":
             yield f"{place}: eval uses data_tools, not the other way round"

@@ -177,5 +177,7 @@ def _check(image: Tensor, text: Tensor, text_to_image: Tensor, tile: int) -> Non
     if text_to_image.is_floating_point() or text_to_image.min() < 0 or text_to_image.max() >= len(image):
         raise ValueError(f"text_to_image must hold integers from 0 to {len(image) - 1}.")
     for name, features in (("image", image), ("text", text)):
-        if not features.isfinite().all():
-            raise ValueError(f"{name} features are not finite: {int((~features.isfinite()).any(1).sum())} rows.")
+        # Two reductions instead of a mask as large as a quarter of the features.
+        broken = ~(features.flatten(1).amax(1) - features.flatten(1).amin(1)).isfinite()
+        if broken.any():
+            raise ValueError(f"{name} features are not finite: {int(broken.sum())} rows.")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eval.class_names import name_classes
 from eval.classification import ClassificationEvaluator
+from vlkit.contracts import Progress
 from vlkit.data.records import ImageRef, Record
 from vlkit.errors import ConfigError, DataError, GalleryError
 
@@ -30,13 +31,19 @@ class HandMade:
 
     logit_scale, logit_bias, family = 10.0, None, "softmax"
 
-    def embed_images_where_readable(self, images: Sequence[Record], **_: object) -> Read:
+    def embed_images_where_readable(
+        self, images: Sequence[Record], batch_size: int, progress: Progress | None, workers: int | None
+    ) -> Read:
+        if progress:
+            progress(len(images), len(images))
         kept = [row for row, record in enumerate(images) if record.image.data]
         vectors = [[float(number) for number in (images[row].image.data or b"").split()] for row in kept]
         failures = [(row, "empty file") for row in range(len(images)) if row not in kept]
         return Read(torch.tensor(vectors), kept, failures)
 
-    def embed_texts(self, texts: Sequence[str], **_: object) -> Tensor:
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 256, progress: Progress | None = None) -> Tensor:
+        if progress:
+            progress(1, 1)
         return torch.tensor([VECTORS[text.removeprefix("a ")] for text in texts])
 
 
@@ -80,6 +87,15 @@ def test_a_synonym_counts_for_its_class() -> None:
     records = [photo(1, 0, 0, 1), photo(1, 0, 1, 0), photo(0, 1, 0, 0)]
     evaluation = ClassificationEvaluator(records, ["cat", "dog | hound"], "{}").run(HandMade())
     assert evaluation.metrics["accuracy@1"] == 1.0
+
+
+def test_progress_counts_prompts_and_images() -> None:
+    calls: list[tuple[int, int]] = []
+    records = [photo(0, 1, 0, 0), photo(1, 0, 1, 0)]
+    ClassificationEvaluator(
+        records, ["cat", "dog | hound"], "{}", progress=lambda done, total: calls.append((done, total))
+    ).run(HandMade())
+    assert calls == [(3, 5), (5, 5)]
 
 
 def test_examples_are_the_most_certain_right_and_wrong() -> None:

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import open_clip
 import pytest
+
 from vlkit.errors import ConfigError, ModelError
 from vlkit.models import catalogue
-from vlkit.models.architecture import resolve_architecture
+from vlkit.models.architecture import published_architecture, resolve_architecture
 from vlkit.models.open_clip_encoder import build_encoder
 
 TEXT = {"context_length": 16, "width": 32, "heads": 2, "layers": 1}
@@ -13,11 +15,11 @@ VIT = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8}
 SMALL: dict[str, Any] = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT}
 
 
-@pytest.mark.parametrize("name", catalogue.architectures())
-def test_every_shipped_architecture_resolves(name: str) -> None:
-    resolved = resolve_architecture(name)
-    assert resolved.preprocess.size == resolved.image_size
-    assert resolved.exported_config()["custom_text"] is True
+def test_every_shipped_architecture_resolves() -> None:
+    for name in catalogue.architectures():
+        resolved = resolve_architecture(name)
+        assert resolved.preprocess.size == resolved.image_size, name
+        assert resolved.exported_config()["custom_text"] is True, name
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,7 @@ def test_every_shipped_architecture_resolves(name: str) -> None:
         ({**SMALL, "vision_cfg": {**VIT, "width": 48}}, "width 48 is no multiple of head_width 64"),
         ({**SMALL, "vision_cfg": {**VIT, "layers": [1, 1, 1, 1], "image_size": 24}}, "24 does not suit a ResNet"),
         ({**SMALL, "vision_cfg": {**VIT, "image_size": [32, 64]}}, "only square"),
+        ({**SMALL, "text_cfg": {**TEXT, "vocab_size": 1000}}, "vocab_size 1000 is too small for its tokenizer"),
         ({**SMALL, "text_cfg": {**TEXT, "heads": 3}}, "open_clip cannot build"),
         ({**SMALL, "vision_cfg": {"timm_model_name": "resnot10t", "image_size": 32}}, "open_clip cannot build"),
     ],
@@ -65,6 +68,29 @@ def test_preprocessing_is_kept_with_the_architecture() -> None:
     assert encoder.record()["preprocess_cfg"]["resize_mode"] == "squash"
     with pytest.raises(ConfigError, match="squish"):
         build_encoder(SMALL, preprocess={"resize_mode": "squish"})
+
+
+def test_every_published_model_has_its_own_preprocessing_and_activation() -> None:
+    for offer in catalogue.offers():
+        if offer.tag:
+            resolved = published_architecture(offer.architecture, offer.tag)
+            assert resolved.preprocess.to_open_clip().items() >= expected_preprocess(offer.architecture, offer.tag)
+    # open_clip itself builds these without quick-gelu and warns.
+    assert published_architecture("ViT-B-32", "openai").model_cfg["quick_gelu"] is True
+    assert "quick_gelu" not in published_architecture("ViT-B-32", "laion2b_s34b_b79k").model_cfg
+    assert published_architecture("roberta-ViT-B-32", "laion2b_s12b_b32k").model_cfg["quick_gelu"] is True
+    assert published_architecture("ViT-B-16-SigLIP", "webli").preprocess.mean == (0.5, 0.5, 0.5)
+
+
+def expected_preprocess(architecture: str, tag: str) -> Any:
+    record = open_clip.get_pretrained_cfg(architecture, tag)
+    return {
+        "mean": list(record["mean"]),
+        "std": list(record["std"]),
+        "resize_mode": record["resize_mode"],
+        "interpolation": record["interpolation"],
+        "size": open_clip.get_model_config(architecture)["vision_cfg"]["image_size"],
+    }.items()
 
 
 def test_the_given_mapping_is_not_changed() -> None:

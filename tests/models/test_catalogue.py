@@ -5,6 +5,7 @@ import sys
 
 import open_clip
 import pytest
+
 from vlkit.errors import ModelError
 from vlkit.models import catalogue
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from vlkit.contracts import ImageTextBatch
 from vlkit.errors import ModelError
 from vlkit.models.dual_encoder import parameters_per_tower

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 import vlkit.models
 from vlkit.models import catalogue
 from vlkit.models.architecture import resolve_architecture

@@ -8,6 +8,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+
 from vlkit.errors import CheckpointError
 from vlkit.models import saved
 from vlkit.models.load import load_encoder
@@ -83,7 +84,7 @@ def test_a_model_with_a_tokenizer_from_the_hub_takes_it_along(tmp_path: Path) ->
     text = {**TEXT, "vocab_size": 6, "hf_tokenizer_name": str(tmp_path / "tokenizer"), "pool_type": "last"}
     encoder = build_encoder({**ARCHITECTURES["vit"], "text_cfg": text}).eval()
     folder = save_encoder(encoder, tmp_path / "model")
-    assert AutoTokenizer.from_pretrained(folder).vocab_size == 6
+    assert len(AutoTokenizer.from_pretrained(folder)) == 6
     (tmp_path / "tokenizer").rename(tmp_path / "gone")
     back = load_encoder(f"local-dir:{folder}")
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(["a dog", ""])
@@ -123,7 +124,7 @@ def test_a_failure_leaves_the_old_folder(tmp_path: Path) -> None:
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
 def test_no_space_left(tmp_path: Path) -> None:
     with (
-        pytest.raises(CheckpointError, match="Cannot write .*model: No space left"),
+        pytest.raises(CheckpointError, match=r"Cannot write .*model: No space left"),
         atomic_folder(tmp_path / "model") as new,
     ):
         (new / "weights").symlink_to("/dev/full")

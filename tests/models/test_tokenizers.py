@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from open_clip.tokenizer import HFTokenizer
+
 from vlkit.errors import ModelError
 from vlkit.models.tokenizers import CLIP_BPE, TextTokenizer, cut, get_tokenizer, tokenizer_id_of
 

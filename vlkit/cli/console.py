@@ -8,15 +8,16 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from vlkit.contracts import Progress as ProgressCallback
 from vlkit.escape import one_line, terminal_text
+
+# rich is imported where it is used: `vlkit --help` does without it, and answers in two thirds of the time.
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -24,12 +25,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 _UNFOLDED = 10_000
 
 
-def out() -> Console:
+def out() -> "Console":
     """The console on stdout; made at each call so that tests can replace sys.stdout."""
     return _console(sys.stdout, None if sys.stdout.isatty() else _UNFOLDED)
 
 
-def log() -> Console:
+def log() -> "Console":
     """The console on stderr."""
     return _console(sys.stderr, None)
 
@@ -46,6 +47,8 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table on stdout; every column but the first is right-aligned when all its cells are numbers."""
+    from rich.table import Table
+
     cells = [[one_line(_text(cell)) for cell in row] for row in rows]
     table = Table(title=None if title is None else one_line(title), title_justify="left")
     for position, name in enumerate(columns):
@@ -63,6 +66,15 @@ def progress_bar(label: str, unit: str = "items") -> Iterator[ProgressCallback]:
     Yields:
         A callback that takes (done, total).
     """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -83,7 +95,9 @@ def progress_bar(label: str, unit: str = "items") -> Iterator[ProgressCallback]:
         yield report
 
 
-def _console(file: TextIO, width: int | None) -> Console:
+def _console(file: TextIO, width: int | None) -> "Console":
+    from rich.console import Console
+
     # rich would read [red] in a caption as a colour and :dog: in a path as a picture.
     return Console(file=file, width=width, markup=False, emoji=False, highlight=False)
 

@@ -117,7 +117,8 @@ def classification(
     from vlkit.addons.class_weights.templates import load_templates
     from vlkit.models.load import load_embedder
 
-    if source.format == "webdataset" and class_names is None and all(n.isdecimal() for n in source.class_names):
+    numbered = source.class_names and all(name.isdecimal() for name in source.class_names)
+    if source.format == "webdataset" and class_names is None and numbered:
         raise DataError(
             f"The shards of {data} number their classes but do not name them. "
             "Put classnames.txt beside the tars, one name a line, or give --class-names."
@@ -136,7 +137,7 @@ def classification(
         num_examples=REPORT_EXAMPLES if report else 0,
     )
     embedder = load_embedder(model, device=device)
-    with progress_bar("classification", "images") as tick:
+    with progress_bar("classification", "prompts and images") as tick:
         evaluation = replace(evaluator, progress=tick).run(embedder)
     line = _line(evaluation, "classification", embedder, data, source, split, started)
     line["counts"]["images_of_excluded_classes"] = classes.num_excluded

@@ -4,7 +4,6 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,8 @@ def collect() -> dict[str, Any]:
         `devices`, `folders` (cache, weights), `environment` (VLKIT_DATA and others as set, or None) and `eval`
         (`ours`, `file`).
     """
+    from vlkit.engine import default_workers
+
     hiding = hiding_file()
     return {
         "vlkit": vlkit.__version__,
@@ -54,19 +55,12 @@ def collect() -> dict[str, Any]:
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "cores": usable_cores(),
+        "cores": default_workers(),  # a container often grants fewer than the machine has
         "devices": devices(),
         "folders": {"cache": str(cache_folder()), "weights": _weights_folder()},
         "environment": {name: os.environ.get(name) for name in ("VLKIT_DATA", "VLKIT_CACHE", "HF_HUB_OFFLINE")},
         "eval": {"ours": hiding is None, "file": str(hiding or own_eval_file())},
     }
-
-
-def usable_cores() -> int:
-    """Cores this process may use: a container or a scheduler often grants fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def devices() -> list[dict[str, Any]]:
@@ -104,6 +98,8 @@ def _weights_folder() -> str:
 
 
 def _version(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(name)
     except PackageNotFoundError:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlkit.data.randomness import generator
+from vlkit.data.randomness import fleeting_generator
 
 
 @runtime_checkable
@@ -71,7 +71,7 @@ def choose_captions(count: int, wanted: int, *, seed: int, epoch: int, sample_id
     """
     if count <= wanted:
         return list(range(count))
-    draws = generator(seed, epoch, sample_id, "captions").random(count)
+    draws = fleeting_generator(seed, epoch, sample_id, "captions").random(count)
     return [int(i) for i in np.argsort(draws, kind="stable")[:wanted]]
 
 

@@ -63,7 +63,9 @@ class EncodedImage:
     def shrink_for(self, height: float, width: float, target: int) -> int:
         """The strongest shrinking that leaves a region (height x width of the full image) twice `target` wide and high.
 
-        Down to twice the target the result is within 3 grey levels; below, the DCT would replace the resize filter.
+        After the resize the difference is 0.4 grey levels on average (COCO photographs); below twice the target the
+        DCT would replace the resize filter. Where a side is not a multiple of the shrinking, the last shrunk row stands
+        for less than a full one, which shifts pixels there by up to a quarter.
         Only 1/2, 1/4 and 1/8: libjpeg-turbo's other fractions are slower than decoding in full.
         """
         for shrink in (8, 4, 2):
@@ -148,7 +150,7 @@ def decode_image(
             HEIC with the extra `heif`.
         where: names the image in messages.
         min_size: the caller will resize the shorter side to this, so a JPEG may be decoded smaller, though not below
-            twice this size (pixels within 3 grey levels after the resize). None decodes in full.
+            twice this size (see `EncodedImage.shrink_for`). None decodes in full.
         exif, max_pixels, reference: see `open_image`.
 
     Returns:

@@ -10,18 +10,18 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import Pipe
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlkit.contracts import ImageTextBatch
 from vlkit.data.sample_reader import Rows, SampleReader
 from vlkit.data.worker_pool import WorkerPool
 
 Ids = NDArray[np.int64]
+Finished = TypeVar("Finished")
 
 
 class ReadTask(NamedTuple):
@@ -54,7 +54,7 @@ class _Pending:
     parts: list[Rows | None]
 
 
-class Feed:
+class Feed(Generic[Finished]):
     """Iterate to get the batches; `close` (or the end) stops the thread and leaves the pool idle.
 
     Args:
@@ -75,7 +75,7 @@ class Feed:
         size: int,
         part_rows: int,
         prefetch: int,
-        finish: Callable[[Ids, list[Rows], Tensor], ImageTextBatch],
+        finish: Callable[[Ids, list[Rows], Tensor], Finished],
     ):
         self._pool, self._epoch, self._batches = pool, epoch, batches
         self._size, self._part_rows, self._prefetch, self._finish = size, part_rows, prefetch, finish
@@ -84,7 +84,7 @@ class Feed:
         self._tasks: deque[tuple[_Pending, int, ReadTask]] = deque()
         # Shared with the consumer, under the condition.
         self._changed = threading.Condition()
-        self._ready: deque[ImageTextBatch] = deque()
+        self._ready: deque[Finished] = deque()
         self._error: BaseException | None = None
         self._ended = self._stop = False
         self._woken, self._wake = Pipe(duplex=False)
@@ -92,7 +92,7 @@ class Feed:
         self._thread = threading.Thread(target=self._run, name="vlkit-feed", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Iterator[ImageTextBatch]:
+    def __iter__(self) -> Iterator[Finished]:
         while True:
             with self._changed:
                 while not self._ready and not self._ended:
@@ -106,7 +106,9 @@ class Feed:
             yield batch
 
     def close(self) -> None:
-        """Stop early, or after the end; waits until the workers have finished their current tasks."""
+        """Stop early, or after the end; waits until the workers have finished their tasks. May be called twice."""
+        if self._stop:
+            return
         self._stop = True
         self._wake.send_bytes(b"\0")
         self._thread.join()

@@ -26,7 +26,7 @@ from torch import Tensor
 from vlkit.contracts import ImageTextBatch
 from vlkit.data.captions import FunctionTokenizer, Tokenizer
 from vlkit.data.decode import MAX_PIXELS, Exif
-from vlkit.data.epoch_plan import PADDING, EpochPlan, Remainder
+from vlkit.data.epoch_plan import EpochPlan, Remainder
 from vlkit.data.feed import Feed, ReadJob
 from vlkit.data.records import Problems
 from vlkit.data.sample_reader import Rows, SampleReader
@@ -137,7 +137,7 @@ class Loader:
         self._max_bad_fraction = max_bad_fraction
         self._report = LoadReport()
         self._pool: WorkerPool | None = None
-        self._feeding = False
+        self._feed: Feed[tuple[ImageTextBatch, list[Rows]]] | None = None
 
     @property
     def num_batches(self) -> int:
@@ -156,11 +156,14 @@ class Loader:
         return self._read_in_workers(epoch, batches)
 
     def report(self) -> LoadReport:
-        """Counts so far, including batches that were prepared but not taken yet."""
+        """Counts over all batches given out so far, of all epochs."""
         return self._report
 
     def close(self) -> None:
         """End the workers. The loader can be used again: they are started anew when needed."""
+        if self._feed is not None:
+            self._feed.close()
+            self._feed = None
         if self._pool is not None:
             self._pool.close()
             self._pool = None
@@ -175,10 +178,12 @@ class Loader:
 
     def _read_here(self, epoch: int, ids: Ids) -> ImageTextBatch:
         images = self._new_images(len(ids))
-        return self._batch(ids, [self._reader.read(epoch, ids, images)], images)
+        parts = [self._reader.read(epoch, ids, images)]
+        self._account(parts)
+        return self._batch(ids, parts, images)
 
     def _read_in_workers(self, epoch: int, batches: Iterator[Ids]) -> Iterator[ImageTextBatch]:
-        if self._feeding:
+        if self._feed is not None:
             raise ConfigError("Two epochs of one loader cannot be read at the same time; make a second loader.")
         size, rows = self._reader.preprocess.size, self.plan.batch_size
         if self._pool is None:
@@ -195,17 +200,22 @@ class Loader:
             prefetch=self._prefetch,
             finish=self._copied_batch,
         )
-        self._feeding = True
+        self._feed = feed
         try:
-            yield from feed
+            for batch, parts in feed:
+                self._account(parts)
+                yield batch
+            if self._feed is not feed:
+                raise ConfigError("The loader was closed before the epoch came to its end.")
         finally:
-            self._feeding = False
-            feed.close()
-            if feed.failed:
-                self.close()
+            if self._feed is feed:  # else `close` was called meanwhile
+                self._feed = None
+                feed.close()
+                if feed.failed:
+                    self.close()
 
-    def _copied_batch(self, ids: Ids, parts: list[Rows], shared: Tensor) -> ImageTextBatch:
-        return self._batch(ids, parts, self._new_images(len(ids)).copy_(shared))
+    def _copied_batch(self, ids: Ids, parts: list[Rows], shared: Tensor) -> tuple[ImageTextBatch, list[Rows]]:
+        return self._batch(ids, parts, self._new_images(len(ids)).copy_(shared)), parts
 
     def _new_images(self, count: int) -> Tensor:
         size = self._reader.preprocess.size
@@ -215,7 +225,7 @@ class Loader:
     def _batch(self, ids: Ids, parts: list[Rows], images: Tensor) -> ImageTextBatch:
         tokens = [row for part in parts for row in part.tokens]
         num_texts = torch.tensor([count for part in parts for count in part.num_texts])
-        batch = ImageTextBatch(
+        return ImageTextBatch(
             images=images,
             tokens=self._reader.tokenizer.pad(tokens),
             text_to_image=torch.repeat_interleave(torch.arange(len(ids)), num_texts),
@@ -225,12 +235,10 @@ class Loader:
             extra={},
             keys=[key for part in parts for key in part.keys],
         )
-        self._account(ids, parts)
-        return batch
 
-    def _account(self, ids: Ids, parts: list[Rows]) -> None:
+    def _account(self, parts: list[Rows]) -> None:
         report, context_length = self._report, self._reader.tokenizer.context_length
-        report.num_samples += int((ids != PADDING).sum())
+        report.num_samples += sum(key != "" for part in parts for key in part.keys)
         report.num_texts += sum(sum(part.num_texts) for part in parts)
         report.num_full_texts += sum(len(row) >= context_length for part in parts for row in part.tokens)
         for part in parts:

@@ -13,12 +13,15 @@ Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", SC'11
 """
 
 import hashlib
+import threading
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 _WORD = 2**64
+_local = threading.local()
 
 
 def generator(seed: int, epoch: int, sample_id: int, purpose: str) -> np.random.Generator:
@@ -31,6 +34,22 @@ def generator(seed: int, epoch: int, sample_id: int, purpose: str) -> np.random.
         purpose: keeps the numbers for different uses apart: "augment", "captions", ...
     """
     return np.random.Generator(_philox(seed, epoch, sample_id, purpose))
+
+
+def fleeting_generator(seed: int, epoch: int, sample_id: int, purpose: str) -> np.random.Generator:
+    """Gives the numbers of `generator(...)` for the same arguments, but only until it is called again in this thread.
+
+    For the loader's inner loop: giving one generator another key takes a tenth of the time of making one.
+    """
+    if not hasattr(_local, "generator"):
+        _local.generator = np.random.Generator(np.random.Philox())
+        _local.state = _philox(0, 0, 0, "").state
+    reused: np.random.Generator = _local.generator
+    state: Any = _local.state
+    state["state"]["key"][:] = seed % _WORD, _purpose_word(purpose)
+    state["state"]["counter"][2:] = epoch, sample_id
+    reused.bit_generator.state = state  # also empties the buffer of drawn numbers
+    return reused
 
 
 def raw(seed: int, epoch: int, sample_id: int, purpose: str, count: int) -> NDArray[np.uint64]:

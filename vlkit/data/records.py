@@ -15,15 +15,17 @@ from vlkit.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """Bytes of one encoded image: a file, a range of a tar, or bytes in memory.
+    """Bytes of one encoded image: a file, a range of a tar, a cell of a parquet file, or bytes in memory.
 
-    Exactly one of `path` and `data` is set; `offset` and `size` (bytes) narrow `path` to a member of a tar.
+    Exactly one of `path` and `data` is set; `offset` and `size` (bytes) narrow `path` to a member of a tar. With
+    `column`, `path` is a parquet file and `offset` the row in it; `image.bytes` is a field of a struct.
     """
 
     path: str | None = None
     offset: int | None = None
     size: int | None = None
     data: bytes | None = None
+    column: str | None = None
 
     def read(self) -> bytes:
         """The encoded image.
@@ -34,6 +36,11 @@ class ImageRef:
         if self.data is not None:
             return self.data
         assert self.path is not None
+        if self.column is not None:
+            from vlkit.data.parquet_cells import read_cell  # arrow only where parquet is read
+
+            assert self.offset is not None
+            return read_cell(self.path, self.offset, self.column)
         try:
             with open(self.path, "rb") as file:
                 if self.offset is None:
@@ -61,6 +68,7 @@ class Record:
     captions: tuple[str, ...] = ()
     label: int | None = None  # position in the source's class_names
     split: str | None = None
+    labels: tuple[int, ...] | None = None  # all classes that apply, in multi-label data
 
 
 @dataclass
@@ -97,10 +105,11 @@ class Source:
     """All records of one source on disk, and what was left out while reading it."""
 
     records: tuple[Record, ...]
-    format: str  # "folder", "table", "coco", "karpathy", "flickr", "webdataset"
+    format: str  # a name of vlkit.data.sources.FORMATS
     root: Path
     class_names: tuple[str, ...] = ()  # raw folder or class names; Record.label points into it
     problems: Problems = field(default_factory=Problems)
+    templates: tuple[str, ...] = ()  # prompts with `{}` for the class name, where the data come with their own
 
     def __len__(self) -> int:
         return len(self.records)

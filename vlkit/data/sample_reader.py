@@ -14,7 +14,7 @@ from torch import Tensor
 from vlkit.data.captions import Tokenizer, caption_hash, choose_captions
 from vlkit.data.decode import MAX_PIXELS, BrokenImageError, Exif, open_image
 from vlkit.data.epoch_plan import PADDING
-from vlkit.data.randomness import generator
+from vlkit.data.randomness import fleeting_generator
 from vlkit.data.shard_index import ShardIndex, ShardSet
 from vlkit.data.transforms import Augment, Preprocess
 from vlkit.errors import DataError
@@ -69,49 +69,59 @@ class SampleReader:
             ids: (b,) numbers in the shard set; -1 for a padding row.
             images: (b,3,size,size) uint8, is filled.
         """
-        rows = Rows([], [], [], [], [], [])
-        texts: list[Text] = []
+        rows, texts = Rows([], [], [], [], [], []), []
+        # Texts first, then images: in turn, each would find the other's code and data in the processor's caches.
         for row, sample_id in enumerate(ids.tolist()):
-            if sample_id == PADDING:
-                images[row].zero_()
-                texts += _add(rows, "", [], valid=False)
-                continue
-            shard, i = self.shards.locate(sample_id)
-            key = f"{shard.name}/{shard.key(i)}"
-            failed = self._read_image(shard, i, key, epoch, sample_id, images[row])
-            chosen: list[Text] = []
-            try:
-                chosen = self._texts(shard, i, epoch, sample_id)
-            except DataError as error:
-                failed = failed or ("unreadable caption", str(error))
-            if not chosen:
-                failed = failed or ("no caption", f"{key} has no caption.")
-            if failed:
-                rows.failures.append(Failure(row, shard.path.name, key, *failed))
-            texts += _add(rows, key, chosen, valid=not failed)
+            texts += self._read_texts(row, epoch, sample_id, rows)
         self._tokenize(texts, rows)
+        for row, sample_id in enumerate(ids.tolist()):
+            self._read_image(row, epoch, sample_id, rows, images[row])
         return rows
 
-    def _read_image(
-        self, shard: ShardIndex, i: int, key: str, epoch: int, sample_id: int, out: Tensor
-    ) -> tuple[str, str] | None:
-        """Fill `out` (3,size,size); returns cause and message when the image is broken."""
-        try:
-            data = shard.image_bytes(i)
-            image = open_image(data, where=key, exif=self.exif, max_pixels=self.max_pixels)
-            if self.augment is None:
-                pixels = self.preprocess(image.decode())
+    def _read_texts(self, row: int, epoch: int, sample_id: int, rows: Rows) -> list[Text]:
+        """The texts of a row; fills in its key, its validity as far as texts go, and their number and hashes."""
+        key, texts = "", list[Text]()
+        if sample_id != PADDING:
+            shard, i = self.shards.locate(sample_id)
+            key = f"{shard.name}/{shard.key(i)}"
+            try:
+                texts = self._chosen(shard, i, epoch, sample_id)
+            except DataError as error:
+                rows.failures.append(Failure(row, shard.path.name, key, "unreadable caption", str(error)))
             else:
-                random = generator(self.seed, epoch, sample_id, "augment")
-                size, interpolation = self.preprocess.size, self.preprocess.interpolation
-                pixels = self.augment.decode(image, size, interpolation, random)
+                if not texts:
+                    rows.failures.append(Failure(row, shard.path.name, key, "no caption", f"{key} has no caption."))
+        rows.keys.append(key)
+        rows.valid.append(bool(texts))
+        # A row without a caption still has one, empty text, so that one text an image stays one text an image.
+        texts = texts or [Text("", None)]
+        rows.num_texts.append(len(texts))
+        rows.caption_hash.extend(caption_hash(text.text) for text in texts)
+        return texts
+
+    def _read_image(self, row: int, epoch: int, sample_id: int, rows: Rows, out: Tensor) -> None:
+        """Fill `out` (3,size,size), black if there is no image."""
+        if sample_id == PADDING:
+            out.zero_()
+            return
+        shard, i = self.shards.locate(sample_id)
+        try:
+            out.copy_(self._pixels(shard.image_bytes(i), rows.keys[row], epoch, sample_id))
         except DataError as error:
             out.zero_()
-            return (error.cause if isinstance(error, BrokenImageError) else "unreadable shard"), str(error)
-        out.copy_(pixels)
-        return None
+            if rows.valid[row]:  # else the row is counted as broken already
+                cause = error.cause if isinstance(error, BrokenImageError) else "unreadable shard"
+                rows.failures.append(Failure(row, shard.path.name, rows.keys[row], cause, str(error)))
+                rows.valid[row] = False
 
-    def _texts(self, shard: ShardIndex, i: int, epoch: int, sample_id: int) -> list[Text]:
+    def _pixels(self, data: bytes, key: str, epoch: int, sample_id: int) -> Tensor:
+        image = open_image(data, where=key, exif=self.exif, max_pixels=self.max_pixels)
+        if self.augment is None:
+            return self.preprocess(image.decode())
+        random = fleeting_generator(self.seed, epoch, sample_id, "augment")
+        return self.augment.decode(image, self.preprocess.size, self.preprocess.interpolation, random)
+
+    def _chosen(self, shard: ShardIndex, i: int, epoch: int, sample_id: int) -> list[Text]:
         """The chosen captions, with their stored token ids if the shard has this tokenizer's."""
         captions = shard.captions(i)
         chosen = choose_captions(
@@ -127,13 +137,3 @@ class SampleReader:
         missing = [text.text for text in texts if text.tokens is None]
         fresh = iter(self.tokenizer.encode_ragged(missing) if missing else [])
         rows.tokens.extend(next(fresh) if text.tokens is None else text.tokens for text in texts)
-
-
-def _add(rows: Rows, key: str, texts: list[Text], valid: bool) -> list[Text]:
-    # A row without a caption still has one, empty text, so that one text an image stays one text an image.
-    texts = texts or [Text("", None)]
-    rows.keys.append(key)
-    rows.valid.append(valid)
-    rows.num_texts.append(len(texts))
-    rows.caption_hash.extend(caption_hash(text.text) for text in texts)
-    return texts

@@ -214,7 +214,7 @@ class Augment:
         return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
     def _finish(self, image: Tensor, size: int, interpolation: Interpolation, generator: np.random.Generator) -> Tensor:
-        image = resize(image, size, size, interpolation)
+        image = _interpolate(image, size, size, interpolation)
         if self.hflip and generator.random() < self.hflip:
             image = image.flip(2)
         if self.rand_augment is not None:
@@ -231,16 +231,17 @@ class Augment:
 def resize(image: Tensor, height: int, width: int, interpolation: Interpolation) -> Tensor:
     """(3, H, W) uint8 to (3, height, width) uint8, antialiased, as pillow 13 resizes."""
     old_height, old_width = image.shape[1:]
-    if (height, width) == (old_height, old_width):
-        return image
-    sizes = [(height, width)]
     # The kernel filters rows first and rounds in between. Pillow 13 filters columns first when the height shrinks by
-    # far more pixels than the width; so large a difference is seen on pictures taller than twice their width.
-    if height < old_height and old_height - height > 2 * (old_width - width) and width != old_width:
-        sizes = [(height, old_width), (height, width)]
-    for target in sizes:
-        image = functional.interpolate(image[None], size=target, mode=interpolation, antialias=True)[0]
-    return image
+    # far more pixels than the width; with the aspect ratio kept, on pictures taller than twice their width.
+    if height < old_height and old_height - height > 2 * (old_width - width):
+        image = _interpolate(image, height, old_width, interpolation)
+    return _interpolate(image, height, width, interpolation)
+
+
+def _interpolate(image: Tensor, height: int, width: int, interpolation: Interpolation) -> Tensor:
+    if image.shape[1:] == (height, width):
+        return image
+    return functional.interpolate(image[None], size=(height, width), mode=interpolation, antialias=True)[0]
 
 
 def _pillow_resize(image: Tensor, height: int, width: int, interpolation: Interpolation) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from vlkit.data.transforms import Preprocess
 from vlkit.errors import ModelError, did_you_mean
 from vlkit.models import catalogue
-from vlkit.models.tokenizers import CLIP_CONTEXT_LENGTH, tokenizer_id_of
+from vlkit.models.tokenizers import CLIP_CONTEXT_LENGTH, CLIP_VOCABULARY, tokenizer_id_of
 
 _TOP_KEYS = (
     "embed_dim",
@@ -82,16 +82,6 @@ class Architecture:
             config["text_cfg"]["hf_model_pretrained"] = False
         return config
 
-    def with_activation(self, quick_gelu: bool | None) -> "Architecture":
-        """The same with the activation that weights were trained with, where they state one.
-
-        open_clip builds by the architecture's name alone and runs OpenAI's weights under `ViT-B-32` with the wrong
-        activation, with a warning (its issue 771); we follow the weights.
-        """
-        if quick_gelu is None:
-            return self
-        return replace(self, model_cfg={**self.model_cfg, "quick_gelu": bool(quick_gelu)})
-
     def with_changes(
         self,
         *,
@@ -147,6 +137,22 @@ def resolve_architecture(
     return resolved
 
 
+def published_architecture(name: str, tag: str) -> Architecture:
+    """An architecture as published weights of it were trained: with their preprocessing and activation.
+
+    open_clip builds by the architecture's name alone and runs OpenAI's weights under `ViT-B-32` with the wrong
+    activation, with a warning (its issue 771); here the weights' own record counts.
+
+    Raises:
+        ModelError: no such architecture or tag.
+    """
+    record = catalogue.pretrained_record(name, tag)
+    resolved = resolve_architecture(name, record)
+    if "quick_gelu" not in record:
+        return resolved
+    return replace(resolved, model_cfg={**resolved.model_cfg, "quick_gelu": bool(record["quick_gelu"])})
+
+
 def _check_keys(name: str, config: Mapping[str, Any]) -> None:
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
     if missing:
@@ -161,6 +167,10 @@ def _check_keys(name: str, config: Mapping[str, Any]) -> None:
 
 def _check_sizes(architecture: Architecture) -> None:
     vision, name = architecture.model_cfg["vision_cfg"], architecture.name
+    text = architecture.model_cfg["text_cfg"]
+    words = int(text.get("vocab_size", CLIP_VOCABULARY))
+    if not text.get("hf_tokenizer_name") and words < CLIP_VOCABULARY:
+        raise ModelError(f"{name}: vocab_size {words} is too small for its tokenizer, which has {CLIP_VOCABULARY} ids.")
     if "timm_model_name" in vision:
         return
     size, width = architecture.image_size, int(vision.get("width", 768))

@@ -13,6 +13,7 @@ import torch
 from vlkit.errors import CheckpointError, ModelError, did_you_mean
 from vlkit.models import catalogue
 from vlkit.models.saved import CONFIG, MANIFEST, RECORD, WEIGHTS, check_manifest, model_folder_of_run, read_json
+from vlkit.models.weight_files import weight_names
 
 if TYPE_CHECKING:
     from vlkit.models.dual_encoder import DualEncoder
@@ -87,12 +88,12 @@ def _from_open_clip(rest: str, image_size: int | None) -> "OpenClipEncoder":
     if not path.is_file():
         raise CheckpointError(f"No file of weights {path}.")
 
-    from vlkit.models.architecture import resolve_architecture
+    from vlkit.models.architecture import published_architecture
     from vlkit.models.open_clip_encoder import construct, load_published
 
-    resolved = resolve_architecture(architecture, record).with_changes(image_size=image_size)
-    encoder = construct(resolved.with_activation(record.get("quick_gelu")))
-    load_published(encoder, path, where=str(path) if at else f"open_clip:{name_and_tag}")
+    names = weight_names(path)  # before the model is built: a bad file fails at once
+    encoder = construct(published_architecture(architecture, tag).with_changes(image_size=image_size))
+    load_published(encoder, path, names, where=str(path) if at else f"open_clip:{name_and_tag}")
     return encoder
 
 
@@ -123,7 +124,7 @@ def _from_folder(rest: str, image_size: int | None) -> "OpenClipEncoder":
     if (folder / RECORD).is_file() and image_size in (None, resolved.image_size):
         load_exact(encoder, weights)
     else:
-        load_published(encoder, weights, where=str(weights))
+        load_published(encoder, weights, weight_names(weights), where=str(weights))
     return encoder
 
 
@@ -194,7 +195,7 @@ def _no_tag(architecture: str, file: str | None) -> str:
 def _unknown_scheme(name: str) -> str:
     valid = "Valid: open_clip:ARCHITECTURE/TAG, run:FOLDER, local-dir:FOLDER."
     scheme, colon, rest = name.partition(":")
-    if Path(name).expanduser().is_dir():
+    if name and Path(name).expanduser().is_dir():
         kind = "local-dir" if (Path(name).expanduser() / CONFIG).is_file() else "run"
         return f"Model {name!r} is a folder: write {kind}:{name}. {valid}"
     if colon and not rest and scheme in SCHEMES:

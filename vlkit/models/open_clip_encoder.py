@@ -18,7 +18,7 @@ from vlkit.models.architecture import Architecture, resolve_architecture
 from vlkit.models.dual_encoder import DualEncoder
 from vlkit.models.tokenizers import TextTokenizer
 from vlkit.models.tower import TextTower, VisionTower
-from vlkit.models.weight_files import differences, read_weights, weight_names
+from vlkit.models.weight_files import differences, read_weights
 
 
 class OpenClipEncoder(DualEncoder):
@@ -199,7 +199,7 @@ def construct(architecture: Architecture, folder: Path | None = None) -> OpenCli
     return OpenClipEncoder(model, architecture, folder)
 
 
-def load_published(encoder: OpenClipEncoder, path: Path, where: str) -> None:
+def load_published(encoder: OpenClipEncoder, path: Path, names: frozenset[str], where: str) -> None:
     """Put weights of any layout open_clip knows (plain CLIP, Hugging Face, big_vision) into an encoder.
 
     Position embeddings of another length are resized. Our own saved models go through `load_exact` instead.
@@ -207,14 +207,14 @@ def load_published(encoder: OpenClipEncoder, path: Path, where: str) -> None:
     Args:
         encoder: built from the architecture the weights were trained with.
         path: safetensors, or a torch file without code.
+        names: of the tensors in the file, from `weight_names(path)`, which also proves that it holds no code.
         where: names the weights in messages.
 
     Raises:
-        CheckpointError: the file is cut or does not fit; ModelError: it holds code.
+        CheckpointError: the file does not fit.
     """
     import open_clip
 
-    names = weight_names(path)
     bias = encoder.logit_bias
     if bias is None and "logit_bias" in names:
         raise CheckpointError(

@@ -21,6 +21,7 @@ from vlkit.models.catalogue import open_clip_part
 
 CLIP_BPE = "open_clip:clip_bpe"
 CLIP_CONTEXT_LENGTH = 77
+CLIP_VOCABULARY = 49408
 
 
 class Vocabulary(ABC):

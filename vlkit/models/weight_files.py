@@ -1,6 +1,7 @@
 """Files of weights, read without running code from them."""
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ def _open_safetensors(path: Path) -> Any:
 
 
 def _load_torch(path: Path) -> Any:
+    if _is_torchscript(path):
+        raise ModelError(
+            f"{path} is a TorchScript archive, which holds code: refused. Get a .safetensors file of these weights; "
+            "OpenAI's are on the Hugging Face hub under timm/*_clip*.openai."
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -83,12 +89,14 @@ def _load_torch(path: Path) -> Any:
     except OSError as error:
         raise CheckpointError(f"Cannot read the weights {path}: {error.strerror or error}.") from error
     except (RuntimeError, EOFError, ValueError) as error:
-        if "TorchScript" in str(error):
-            raise ModelError(
-                f"{path} is a TorchScript archive, which holds code: refused. Get a .safetensors file of these "
-                "weights; OpenAI's are on the Hugging Face hub under timm/*_clip*.openai."
-            ) from error
         raise CheckpointError(f"{path} is no whole file of weights ({error}). Copy it again.") from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _state_dict(path: Path, content: Any) -> Mapping[str, Any]:

@@ -1,14 +1,14 @@
 """From a run file to the objects it names: encoder, loader, optimiser step. Shared by training and its dry run."""
 
 import os
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Generator
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from vlkit.config import AugmentSettings, LossSettings, RunConfig
+from vlkit.config import AugmentSettings, RunConfig
 from vlkit.contracts import ImageTextBatch
 from vlkit.data.loader import Loader
 from vlkit.data.shard_index import ShardSet
@@ -18,6 +18,8 @@ from vlkit.errors import ConfigError
 from vlkit.losses import TERMS, LossOutput, Objective
 from vlkit.models.dual_encoder import DualEncoder
 from vlkit.models.load import load_encoder, pick_device
+from vlkit.training.loop import Pace
+from vlkit.training.optim import make_optimizer, make_schedule
 
 # Where the parameters and modules of each tower are found, in an encoder or in the model it wraps.
 TOWERS = {"image": "visual", "text": "text"}
@@ -26,6 +28,22 @@ TOWERS = {"image": "visual", "text": "text"}
 DATA_GIVES = frozenset({"caption_hash", "ids", "text_to_image", "valid"})
 
 _MOST_WORKERS = 16
+
+
+class Learner(NamedTuple):
+    """What is trained, and by what."""
+
+    encoder: DualEncoder
+    module: "PretrainStep"
+    optimizer: torch.optim.Optimizer
+
+
+class Course(NamedTuple):
+    """How long training goes on, and how fast it learns."""
+
+    steps: int
+    pace: Pace
+    schedule: Callable[[int], float]  # step -> learning rate
 
 
 class PretrainStep(nn.Module):
@@ -42,9 +60,12 @@ class PretrainStep(nn.Module):
         self.encoder = encoder
         self.objective = objective
         self.precision = precision
+        self.channels_last = has_overlapping_convolutions(encoder)
 
     def forward(self, batch: ImageTextBatch, step: int) -> LossOutput:
         """The losses of a batch that is on the encoder's device."""
+        if self.channels_last:
+            batch = batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last))
         with torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             features = self.encoder(batch)
         output: LossOutput = self.objective(features, batch, step)
@@ -54,7 +75,7 @@ class PretrainStep(nn.Module):
 def choose_device(run: RunConfig) -> torch.device:
     """The device of this process; with several processes on a machine each takes the GPU of its local number."""
     device = pick_device(run.run.device)
-    if device.type == "cuda" and device.index is None:
+    if device.type == "cuda" and run.run.device in {"auto", "cuda"}:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     return device
@@ -83,52 +104,53 @@ def choose_precision(run: RunConfig, device: torch.device) -> Literal["fp32", "b
     return run.optim.precision
 
 
-def build_encoder(run: RunConfig, device: torch.device) -> DualEncoder:
-    """The encoder of a run in training mode; random weights follow from `run.seed`.
+def build_learner(run: RunConfig, device: torch.device) -> Learner:
+    """Encoder, losses and optimiser of a run; random weights follow from `run.seed`.
 
     Raises:
         ModelError: an unknown architecture or model.
+        ConfigError: a loss needs what neither the model nor the data gives, or a precision the device lacks.
     """
-    from vlkit.models import open_clip_encoder
+    encoder = _build_encoder(run).to(device)
+    if has_overlapping_convolutions(encoder):
+        encoder = encoder.to(memory_format=torch.channels_last)
+    for tower in run.model.freeze:
+        tower_module(encoder, tower).requires_grad_(False)
+    train_mode(encoder, run)
+    terms = {name: (weight, TERMS[name]()) for name, weight in run.loss.model_dump().items()}
+    objective = Objective(terms, gives=encoder.gives | DATA_GIVES)
+    module = PretrainStep(encoder, objective, choose_precision(run, device))
+    return Learner(encoder, module, make_optimizer(module, run.optim))
 
-    torch.manual_seed(run.run.seed)
-    size = run.data.image_size
-    encoder: DualEncoder
-    if run.model.init is not None:
-        encoder = load_encoder(run.model.init, image_size=size)
-    else:
-        architecture = run.model.name if run.model.name is not None else run.model.architecture
-        assert architecture is not None
-        encoder = open_clip_encoder.build_encoder(architecture, image_size=size)
+
+def has_overlapping_convolutions(module: nn.Module) -> bool:
+    """Whether a tower convolves beyond cutting patches. Such a one is a quarter faster with channels laid out last
+    (a small ResNet on a CPU: 0.38 s against 0.51 s); one that only cuts patches is not."""
+    convolutions = [child for child in module.modules() if isinstance(child, nn.Conv2d)]
+    return any(child.kernel_size != child.stride and max(child.kernel_size) > 1 for child in convolutions)
+
+
+def train_mode(encoder: DualEncoder, run: RunConfig) -> None:
+    """Training mode, but for frozen towers: their batch statistics stay as they are."""
     encoder.train()
     for tower in run.model.freeze:
-        freeze(encoder, tower)
-    return encoder.to(device)
+        tower_module(encoder, tower).eval()
 
 
-def freeze(encoder: DualEncoder, tower: Literal["image", "text"]) -> None:
-    """Keep a tower's weights, and its batch statistics, as they are. Call it after `encoder.train()`."""
-    module = tower_module(encoder, tower)
-    module.eval()
-    module.requires_grad_(False)
-
-
-def tower_module(encoder: DualEncoder, tower: Literal["image", "text"]) -> nn.Module:
+def tower_module(encoder: nn.Module, tower: Literal["image", "text"]) -> nn.Module:
     """The module that holds a tower's weights."""
     names = (f"model.{TOWERS[tower]}", TOWERS[tower])
-    found = [module for name, module in encoder.named_modules() if name in names]
+    found: list[nn.Module] = [module for name, module in encoder.named_modules() if name in names]
     assert len(found) == 1, f"{type(encoder).__name__} has {len(found)} modules named {' or '.join(names)}"
     return found[0]
 
 
-def build_objective(settings: LossSettings, encoder: DualEncoder) -> Objective:
-    """The weighted losses of a run.
-
-    Raises:
-        ConfigError: a loss needs what neither the model nor the data gives.
-    """
-    terms = {name: (weight, TERMS[name]()) for name, weight in settings.model_dump().items()}
-    return Objective(terms, gives=encoder.gives | DATA_GIVES)
+def plan_course(run: RunConfig, steps_per_epoch: int) -> Course:
+    """Number of steps (at least one) and learning rates of a run."""
+    batch_size = run.data.global_batch_size
+    steps = max(1, run.run.length.in_steps(total=0, steps_per_epoch=steps_per_epoch, batch_size=batch_size))
+    schedule = make_schedule(run.optim, steps=steps, steps_per_epoch=steps_per_epoch, batch_size=batch_size)
+    return Course(steps, Pace(batch_size, steps_per_epoch), schedule)
 
 
 def build_loader(run: RunConfig, shards: ShardSet, encoder: DualEncoder) -> Loader:
@@ -138,7 +160,7 @@ def build_loader(run: RunConfig, shards: ShardSet, encoder: DualEncoder) -> Load
         encoder.tokenize,
         batch_size=run.data.global_batch_size,
         preprocess=encoder.preprocess,
-        augment=None if run.data.augment is None else _augment(run.data.augment),
+        augment=_augment(run.data.augment),
         captions_per_image=run.data.captions_per_image,
         seed=run.run.seed,
         workers=num_workers(run, encoder.device),
@@ -157,7 +179,7 @@ def num_workers(run: RunConfig, device: torch.device) -> int:
     return min(max(share - 1, 0), 1 if device.type == "cpu" else _MOST_WORKERS)
 
 
-def batches_from(loader: Loader, step: int) -> Iterator[ImageTextBatch]:
+def batches_from(loader: Loader, step: int) -> Generator[ImageTextBatch, None, None]:
     """The batches after `step` steps, epoch after epoch without end."""
     epoch, index = loader.plan.position(step)
     while True:
@@ -178,13 +200,16 @@ def to_device(batch: ImageTextBatch, device: torch.device) -> ImageTextBatch:
 _TENSORS = ("images", "tokens", "text_to_image", "caption_hash", "valid")
 
 
-def total_steps(run: RunConfig, steps_per_epoch: int) -> int:
-    """How many optimisation steps a run has, at least one."""
-    length = run.run.length
-    return max(
-        1, length.in_steps(total=0, steps_per_epoch=steps_per_epoch, batch_size=run.data.global_batch_size)
-    )
+def _build_encoder(run: RunConfig) -> DualEncoder:
+    from vlkit.models.open_clip_encoder import build_encoder
+
+    torch.manual_seed(run.run.seed)
+    if run.model.init is not None:
+        return load_encoder(run.model.init, image_size=run.data.image_size)
+    architecture = run.model.architecture if run.model.name is None else run.model.name
+    assert architecture is not None
+    return build_encoder(architecture, image_size=run.data.image_size)
 
 
-def _augment(settings: AugmentSettings) -> Augment:
-    return Augment(**settings.model_dump())
+def _augment(settings: AugmentSettings | None) -> Augment | None:
+    return None if settings is None else Augment(**settings.model_dump())

@@ -64,7 +64,7 @@ def latest_good(run: Path) -> Found:
         if problem is None:
             ending = f" Continuing from {path.name}." if notes else ""
             return Found(path, [note + ending for note in notes])
-        notes.append(f"Checkpoint {path.name} is damaged and was passed over: {problem}.")
+        notes.append(f"Checkpoint {path.name} is damaged ({problem}) and was passed over.")
     return Found(None, notes)
 
 
@@ -135,6 +135,15 @@ def prune(run: Path, keep_last: int, keep: Collection[int]) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def set_aside(run: Path, step: int) -> None:
+    """Rename the checkpoints of steps after `step`, which are damaged, so that none counts as the newest."""
+    for path in checkpoints(run):
+        if path.name > checkpoint_folder(run, step).name:
+            aside = path.with_name(f"damaged_{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
 def random_states() -> dict[str, Any]:
     """The global generators of torch (CPU), numpy and Python, as JSON types.
 
@@ -144,16 +153,17 @@ def random_states() -> dict[str, Any]:
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "numpy": [name, np.asarray(keys).tolist(), *rest],
-        "python": random.getstate(),
+        "numpy": [name, np.asarray(keys, dtype="<u4").tobytes().hex(), *rest],
+        "python": json.dumps(random.getstate()),
     }
 
 
 def restore_random_states(states: Mapping[str, Any]) -> None:
     """What `random_states` gave."""
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(states["torch"]), dtype=torch.uint8))
-    np.random.set_state(tuple(states["numpy"]))
-    version, inner, gauss = states["python"]
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.frombuffer(bytes.fromhex(keys), dtype="<u4"), *rest))
+    version, inner, gauss = json.loads(states["python"])
     random.setstate((version, tuple(inner), gauss))
 
 
@@ -195,9 +205,14 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
             f"{folder / OPTIMIZER} holds the state of other parameters than are trained now: {', '.join(odd[:5])}"
             f"{', ...' if len(odd) > 5 else ''} ({len(odd)} differ). Continue with the settings it was saved with."
         )
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, value in tensors.items():
-        parameter, _, key = name.rpartition("|")
-        state.setdefault(numbers[parameter], {})[key] = value
+        owner, _, key = name.rpartition("|")
+        parameter = parameters[numbers[owner]]
+        if value.shape == parameter.shape:
+            # The fused kernel walks through memory, so the state must be laid out as its parameter (channels last).
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        state.setdefault(numbers[owner], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

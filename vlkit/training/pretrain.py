@@ -11,12 +11,11 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vlkit.config import RunConfig, remarks
@@ -25,22 +24,22 @@ from vlkit.data.loader import Loader
 from vlkit.data.randomness import raw
 from vlkit.data.shard_index import ShardSet
 from vlkit.distributed import is_main, rank, world_size
-from vlkit.errors import CheckpointError, ConfigError, did_you_mean
 from vlkit.losses import LossOutput
-from vlkit.models.dual_encoder import DualEncoder
-from vlkit.models.saved import read_json, save_encoder, write_json
+from vlkit.models.saved import write_json
 from vlkit.settings import Duration
-from vlkit.training import assemble, checkpoint
-from vlkit.training.loop import Every, Moment, NonFiniteError, Pace, fit
-from vlkit.training.metrics import MetricsLog, plot_curves, read_metrics
-from vlkit.training.optim import make_optimizer, make_schedule
+from vlkit.training import assemble
+from vlkit.training.loop import Action, Every, Moment, NonFiniteError, fit
+from vlkit.training.run_folder import RunFolder, Say, Start, continue_run, identity, require_no_run
 
 _log = logging.getLogger(__name__)
 
-# Beyond a hundredfold the softmax saturates. Source: Radford et al. 2021, arXiv:2103.00020, section 2.5.
+# Larger scales make training unstable. Source: Radford et al. 2021, arXiv:2103.00020, section 2.5.
 MAX_LOGIT_SCALE = 100.0
 
-Say = Callable[[str], None]
+_EACH_STEP = Duration(1, "steps")
+
+# Texts that fill the whole context are mostly texts that were cut.
+_MANY_FULL_TEXTS = 0.05
 
 
 def pretrain(
@@ -55,31 +54,154 @@ def pretrain(
 
     Args:
         run: the settings.
-        every: what else happens and when, e.g. evaluations; metrics they return are written down.
+        every: what else happens and when, e.g. evaluations, with the encoder in eval mode; the metrics they return
+            are written down.
         resume: continue from the last good checkpoint of the run folder; start afresh when there is none.
         progress: called with (steps done, steps).
-        say: takes remarks worth a user's attention, one sentence each.
+        say: takes what a user should know, one remark at a time.
         stop: asked after each step; True saves a checkpoint and ends.
 
     Returns:
-        The run folder. `model/` is in it unless the run was stopped.
+        The run folder. It holds `model/` unless the run was stopped.
 
     Raises:
-        ConfigError, ModelError, DataError: settings, model or data are unusable.
-        CheckpointError: the folder holds a run and `resume` is false, or its run does not fit these settings.
+        ConfigError: settings that do not fit the model or the device.
+        ModelError: no such model.
+        DataError: shards that are missing or too broken.
+        CheckpointError: the folder holds a run and `resume` is false; or that run does not fit these settings.
         NonFiniteError: the loss is no number any more.
     """
-    out = Path(run.run.out)
-    say = say if is_main() else _silent
-    for remark in remarks(run):
-        say(remark)
     if not resume:
-        _require_no_run(out)
+        require_no_run(Path(run.run.out))
     device = assemble.choose_device(run)
     joined = assemble.join_processes(device)
+    say = say if is_main() else _ignore
+    for remark in remarks(run):
+        say(remark)
     try:
-        _pretrain(run, out, device, list(every), resume, progress, say, stop)
+        _pretrain(run, device, every, resume, progress or _ignore_progress, say, stop)
     finally:
         if joined:
             torch.distributed.destroy_process_group()
-    return out
+    return Path(run.run.out)
+
+
+def _pretrain(
+    run: RunConfig,
+    device: torch.device,
+    every: Sequence[Every],
+    resume: bool,
+    progress: Progress,
+    say: Say,
+    stop: Callable[[], bool],
+) -> None:
+    shards = ShardSet.open(run.data.train)
+    for note in shards.notes:
+        say(note)
+    learner = assemble.build_learner(run, device)
+    with assemble.build_loader(run, shards, learner.encoder) as loader:
+        course = assemble.plan_course(run, loader.num_batches)
+        same = identity(run, learner.encoder, shards)
+        start = continue_run(run, learner, same, say) if resume else Start(0, 0.0)
+        folder = RunFolder(run, learner, same, start, say) if is_main() else None
+        try:
+            with closing(assemble.batches_from(loader, start.step)) as batches:
+                done = fit(
+                    _make_step(run, learner.module),
+                    batches,
+                    learner.optimizer,
+                    steps=course.steps,
+                    schedule=course.schedule,
+                    pace=course.pace,
+                    encoder=learner.encoder,
+                    every=_entries(run, every, progress, folder),
+                    start=start.step,
+                    seconds=start.seconds,
+                    clip_norm=run.optim.clip_norm,
+                    watch=lambda: {"logit_scale": learner.encoder.logit_scale()},
+                    stop=stop,
+                )
+        except NonFiniteError as error:
+            if folder is not None:
+                write_json(folder.path / "nonfinite.json", error.record)
+                say(f"The whole batch is named in {folder.path / 'nonfinite.json'}.")
+            raise
+        _report_losses(loader, say)
+    if folder is not None:
+        folder.close()
+        if done < course.steps:
+            say(f"Stopped after step {done} of {course.steps}, with a checkpoint. --resume continues.")
+        else:
+            folder.finish()
+
+
+def _make_step(run: RunConfig, module: assemble.PretrainStep) -> Callable[[ImageTextBatch, int], LossOutput]:
+    """One training step up to and with backward."""
+    device = module.encoder.device
+    model: nn.Module = module
+    if world_size() > 1:
+        model = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+
+    def step(batch: ImageTextBatch, i: int) -> LossOutput:
+        # Dropout and the like draw from the step's own numbers: a resumed run needs no state for them, on any rank.
+        torch.manual_seed(int(raw(run.run.seed, i, rank(), "training step", 1)[0]))
+        output: LossOutput = model(assemble.to_device(batch, device), i)
+        torch.autograd.backward(output.total)
+        return output
+
+    return step
+
+
+def _entries(run: RunConfig, every: Sequence[Every], progress: Progress, folder: RunFolder | None) -> list[Every]:
+    """What happens between the steps, in this order. Evaluations come before what writes their results down."""
+    clamp = Every(_EACH_STEP, clamp_temperature)
+    if folder is None:
+        return [clamp]
+    return [
+        clamp,
+        *(Every(entry.when, _in_eval_mode(entry.action, run)) for entry in every),
+        Every(_EACH_STEP, lambda moment: progress(moment.step, moment.steps)),
+        Every(_EACH_STEP, folder.log.write),
+        Every(_EACH_STEP, folder.save_if_best),
+        Every(run.checkpoint.every, folder.save),
+        Every("signal", folder.save),
+        Every(run.checkpoint.every, folder.plot),
+    ]
+
+
+def clamp_temperature(moment: Moment) -> None:
+    """Keep the logit scale between 1 and 100; the parameter is its logarithm."""
+    for name, parameter in moment.encoder.named_parameters():
+        if name.rpartition(".")[2] == "logit_scale":
+            parameter.data.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
+
+
+def _in_eval_mode(action: Action, run: RunConfig) -> Action:
+    def evaluate(moment: Moment) -> Mapping[str, float] | None:
+        moment.encoder.eval()
+        try:
+            return action(moment)
+        finally:
+            assemble.train_mode(moment.encoder, run)
+
+    return evaluate
+
+
+def _report_losses(loader: Loader, say: Say) -> None:
+    """Say which samples could not be read, and whether texts were cut."""
+    report = loader.report()
+    if report.num_broken:
+        say(f"{report.num_broken} of {report.num_samples} samples could not be read and were left out:")
+        for line in report.lines():
+            say(f"  {line}")
+    if report.num_full_texts > _MANY_FULL_TEXTS * report.num_texts:
+        share = report.num_full_texts / report.num_texts
+        say(f"{share:.0%} of the texts fill the whole context of the model and may have been cut.")
+
+
+def _ignore(remark: str) -> None:
+    """Other processes than the main one say nothing."""
+
+
+def _ignore_progress(done: int, total: int) -> None:
+    """Nobody asked."""

@@ -76,7 +76,7 @@ def test_missing_columns_are_listed(folder):
     ):
         read_source(table(folder, "file,caption\na.jpg,x\n"))
     with pytest.raises(
-        DataError, match=r"no column caption \| title \| text found, have: image, words\. .*--caption-c"
+        DataError, match=r"no column caption \| title \| text \| captions found, have: image, words\. .*--caption-c"
     ):
         read_source(table(folder, "image,words\na.jpg,x\n"))
 

@@ -1,25 +1,33 @@
 """Sources: every on-disk format of image-text data, read into the same records.
 
-| name       | file            | reads                                                                   |
-|------------|-----------------|-------------------------------------------------------------------------|
-| folder     | `folder.py`     | images, flat or in class folders, with or without train/val/test        |
-| table      | `table.py`      | CSV, TSV, JSON lines, JSON list: image, caption, class, split columns   |
-| coco       | `coco.py`       | `captions_{train,val}{2014,2017}.json`                                  |
-| karpathy   | `karpathy.py`   | `dataset_{coco,flickr30k,flickr8k}.json`                                |
-| flickr8k   | `flickr.py`     | `Flickr8k.token.txt` with split lists; Kaggle's `captions.txt`          |
-| flickr30k  | `flickr.py`     | `results_20130124.token` or `results.csv` with Karpathy or listed split |
-| webdataset | `webdataset.py` | tar shards                                                              |
+| name           | file                | reads                                                            |
+|----------------|---------------------|------------------------------------------------------------------|
+| folder         | `folder.py`         | images, flat or in class folders, with or without train/val/test |
+| caption_files  | `caption_files.py`  | images with `.txt` or `.json` beside them (img2dataset `files`)  |
+| table          | `table.py`          | CSV, TSV, JSON lines, JSON list, parquet: image paths, captions  |
+| parquet        | `parquet.py`        | parquet with the images in it: img2dataset, the Hub              |
+| coco           | `coco.py`           | `captions_{train,val}{2014,2017}.json`                           |
+| karpathy       | `karpathy.py`       | `dataset_{coco,flickr30k,flickr8k}.json`                         |
+| lavis          | `lavis.py`          | `coco_karpathy_test.json`, `flickr30k_test.json` (ALBEF, BLIP)   |
+| clip_benchmark | `clip_benchmark.py` | `coco_test_karpathy.json`, `flickr30k_test_karpathy.txt`         |
+| flickr8k       | `flickr.py`         | `Flickr8k.token.txt` with split lists; Kaggle's `captions.txt`   |
+| flickr30k      | `flickr.py`         | `results_20130124.token` or `results.csv`, with or without split |
+| webdataset     | `webdataset.py`     | tar shards, also in CLIP_benchmark's `wds` layout                |
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
 from vlkit.data.records import Source
+from vlkit.data.sources.caption_files import read_caption_files
+from vlkit.data.sources.clip_benchmark import read_clip_benchmark
 from vlkit.data.sources.coco import read_coco
 from vlkit.data.sources.flickr import read_flickr8k, read_flickr30k
 from vlkit.data.sources.folder import read_folder
 from vlkit.data.sources.karpathy import read_karpathy
+from vlkit.data.sources.lavis import read_lavis
 from vlkit.data.sources.options import SourceOptions
+from vlkit.data.sources.parquet import read_parquet
 from vlkit.data.sources.sniff import guess_format
 from vlkit.data.sources.table import read_table
 from vlkit.data.sources.webdataset import is_shard_spec, read_webdataset
@@ -31,9 +39,13 @@ Reader = Callable[[Path, SourceOptions], Source]
 
 FORMATS: dict[str, Reader] = {
     "folder": read_folder,
+    "caption_files": read_caption_files,
     "table": read_table,
+    "parquet": read_parquet,
     "coco": read_coco,
     "karpathy": read_karpathy,
+    "lavis": read_lavis,
+    "clip_benchmark": read_clip_benchmark,
     "flickr8k": read_flickr8k,
     "flickr30k": read_flickr30k,
     "webdataset": read_webdataset,

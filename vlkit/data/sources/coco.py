@@ -44,7 +44,7 @@ def read_coco(path: Path, options: SourceOptions) -> Source:
     options.check_used("coco", ["images", "split"])
     files = _wanted_files(path, options.split)
     problems = Problems()
-    images = [image for file in files for image in _images(file, problems)]
+    images = [image for file in files for image in annotated_images(file, problems)]
     above = files[0].parent.name in ANNOTATION_FOLDERS
     lookup = ImageLookup(image_folders(files[0], IMAGE_FOLDERS, options.images, also_above=above))
     return build_source(images, lookup, LAYOUT, files[0], problems, options.split)
@@ -89,7 +89,12 @@ def _year_of(file: Path) -> str | None:
     return match[2] if match else None
 
 
-def _images(file: Path, problems: Problems) -> list[Annotated]:
+def annotated_images(file: Path, problems: Problems) -> list[Annotated]:
+    """The images of a file in COCO's format with their captions; what does not fit is counted in `problems`.
+
+    Raises:
+        DataError: unreadable, or of another structure.
+    """
     document = read_json(file)
     annotations = json_rows(document, "annotations", LAYOUT, file)
     if annotations and not any("caption" in row for row in annotations):

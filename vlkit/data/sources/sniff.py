@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from vlkit.data.sources import clip_benchmark, lavis
+from vlkit.data.sources.caption_files import captioned_image, img2dataset_folder
 from vlkit.data.sources.coco import annotation_files
 from vlkit.data.sources.delimited import DELIMITERS
 from vlkit.data.sources.flickr import FLICKR8K_FILES, FLICKR30K_FILES, caption_file
 from vlkit.data.sources.image_files import is_image_name
 from vlkit.data.sources.karpathy import karpathy_files
 from vlkit.data.sources.options import SourceOptions
-from vlkit.data.sources.table import JSON_LINES, TABLE_SUFFIXES, recognised, tables_in
+from vlkit.data.sources.parquet import column_names, holds_images, parquet_files
+from vlkit.data.sources.table import JSON_LINES, PARQUET, TABLE_SUFFIXES, recognised, tables_in
 from vlkit.data.sources.webdataset import holds_shards, is_shard_spec
 from vlkit.errors import DataError
 from vlkit.escape import one_line
@@ -34,6 +37,8 @@ def guess_format(path: Path, options: SourceOptions) -> str:
         return _guess_file(path)
     if not path.is_dir():
         raise DataError(f"{path} does not exist. Name a folder of images, a table, an annotation file or shards.")
+    if any((path / name).is_dir() for name in ("img_emb", "text_emb")):
+        raise DataError(f"{path} holds embeddings (clip-retrieval's layout), no images. Name it where features belong.")
     candidates = _candidates(path, options)
     if len(candidates) > 1:
         listed = "".join(f"\n  --format {name}: {evidence}" for name, evidence in candidates.items())
@@ -47,6 +52,12 @@ def _guess_file(path: Path) -> str:
         return "flickr8k"
     if suffix == ".token" or _is_kaggle30k(path):
         return "flickr30k"
+    if clip_benchmark.is_caption_file(path):
+        return "clip_benchmark"
+    if lavis.split_in_name(path):
+        return "lavis"
+    if suffix == PARQUET and holds_images(path):
+        return "parquet"
     if suffix in TABLE_SUFFIXES:
         return "table"
     if suffix == ".json":
@@ -54,8 +65,8 @@ def _guess_file(path: Path) -> str:
     if is_image_name(path.name):
         return "folder"
     raise DataError(
-        f"Cannot tell the format of {path} from its name. Images, .csv, .tsv, .jsonl, .json, .token and .tar files "
-        "are known; else name the --format."
+        f"Cannot tell the format of {path} from its name. Images, .csv, .tsv, .jsonl, .json, .parquet, .token and .tar "
+        "files are known; else name the --format."
     )
 
 
@@ -90,13 +101,38 @@ def _candidates(path: Path, options: SourceOptions) -> dict[str, str]:
         found["karpathy"] = ", ".join(karpathy)
     if annotation_files(path):
         found["coco"] = ", ".join(file.name for file in annotation_files(path))
+    if lavis.annotation_files(path):
+        found["lavis"] = ", ".join(file.name for file in lavis.annotation_files(path))
+    if clip_benchmark.caption_files(path):
+        found["clip_benchmark"] = ", ".join(file.name for file in clip_benchmark.caption_files(path))
     if holds_shards(path):
         found["webdataset"] = "tar files"
-    return found | _table_candidates(path, options, flickr30k)
+    return found | _parquet_candidate(path) | _table_candidates(path, options, flickr30k) | _captioned(path, found)
+
+
+def _parquet_candidate(path: Path) -> dict[str, str]:
+    files = parquet_files(path)
+    return {"parquet": f"{files[0].name} holds images"} if files and holds_images(files[0]) else {}
+
+
+def _captioned(path: Path, found: dict[str, str]) -> dict[str, str]:
+    """Images with caption files. In class folders they might as well be notes, so both readings are offered."""
+    filled = img2dataset_folder(path)
+    if filled:
+        return {"caption_files": f"{filled}/ beside its table or statistics"}
+    image = captioned_image(path)
+    if image:
+        return {"caption_files": f"{image} with a .txt beside it"}
+    below = ((entry.name, captioned_image(entry)) for entry in sorted(path.iterdir()) if entry.is_dir())
+    first = next(((folder, name) for folder, name in below if name), None)
+    if first is None or found:
+        return {}
+    return {"caption_files": f"{first[0]}/{first[1]} with a .txt beside it", "folder": f"images in {first[0]}/, ..."}
 
 
 def _table_candidates(path: Path, options: SourceOptions, flickr30k: Path | None) -> dict[str, str]:
     tables = [file for file in tables_in(path) if file != flickr30k or not _is_kaggle30k(file)]
+    tables = [file for file in tables if file.suffix.lower() != PARQUET or not holds_images(file)]
     named = options.image_column is not None or options.caption_column is not None
     sure = [file for file in tables if named or recognised(_columns(file))]
     if sure:
@@ -109,6 +145,8 @@ def _table_candidates(path: Path, options: SourceOptions, flickr30k: Path | None
 
 def _columns(file: Path) -> list[str]:
     """Column names from the first line alone; none where it cannot be parsed: the reader will say why."""
+    if file.suffix.lower() == PARQUET:
+        return column_names(file)
     line = _first_line(file)
     try:
         if file.suffix.lower() in JSON_LINES:

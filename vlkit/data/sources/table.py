@@ -1,4 +1,4 @@
-"""Tables of image-text pairs: CSV, TSV, JSON lines, or a JSON list of objects.
+"""Tables of image-text pairs: CSV, TSV, JSON lines, a JSON list of objects, or parquet.
 
 The rows of one image become one record with several captions, in the order in which the images first appear.
 """
@@ -11,22 +11,30 @@ from typing import Any, NamedTuple
 
 from vlkit.data.records import Problems, Source
 from vlkit.data.sources.annotated import Annotated, Layout, build_source, read_json, read_lines, read_text
+from vlkit.data.sources.columns import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    SPLIT_COLUMN,
+    URL_COLUMNS,
+    column_named,
+    find_column,
+    label_images,
+)
 from vlkit.data.sources.delimited import DELIMITERS, read_delimited
 from vlkit.data.sources.image_files import ImageLookup, image_folders
 from vlkit.data.sources.options import SourceOptions, canonical_split
-from vlkit.errors import ConfigError, DataError, did_you_mean
+from vlkit.errors import DataError
 from vlkit.escape import one_line
 
-IMAGE_COLUMNS = ("filepath", "image", "path")
-CAPTION_COLUMNS = ("caption", "title", "text")
-LABEL_COLUMNS = ("class", "class_name", "label")
 JSON_LINES = (".jsonl", ".ndjson")
-TABLE_SUFFIXES = (*DELIMITERS, *JSON_LINES)
+PARQUET = ".parquet"
+TABLE_SUFFIXES = (*DELIMITERS, *JSON_LINES, PARQUET)
 
 LAYOUT = Layout(
     "table",
     """\
-  FILE.csv (comma), FILE.tsv (tab) or FILE.jsonl; columns: filepath|image|path, caption|title|text,
+  FILE.csv (comma), FILE.tsv (tab), FILE.jsonl or FILE.parquet; columns: filepath|image|path, caption|title|text,
   optional: class|label, split. Paths are relative to the file, or to --images.
 """,
 )
@@ -65,19 +73,26 @@ def read_table(path: Path, options: SourceOptions) -> Source:
     header, rows = _read_rows(path, problems)
     columns = _choose_columns(header, options, path)
     images, classes = _group(rows, columns, problems)
-    class_names = _label(images, classes)
+    class_names = label_images(images, classes)
     lookup = ImageLookup(image_folders(path, (), options.images))
     return build_source(images, lookup, LAYOUT, path, problems, options.split, class_names)
 
 
 def recognised(columns: Sequence[str]) -> bool:
     """Whether a table with these columns can be read without naming any."""
-    return _find(columns, IMAGE_COLUMNS) is not None and _find(columns, CAPTION_COLUMNS + LABEL_COLUMNS) is not None
+    described = find_column(columns, CAPTION_COLUMNS + LABEL_COLUMNS)
+    return find_column(columns, IMAGE_COLUMNS) is not None and described is not None
 
 
 def tables_in(folder: Path) -> list[Path]:
-    """The table files that lie directly in a folder."""
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in TABLE_SUFFIXES and file.name[0] != ".")
+    """The table files that lie directly in a folder, without those that describe a tar or folder of their name."""
+    tables = [file for file in folder.iterdir() if file.suffix.lower() in TABLE_SUFFIXES and file.name[0] != "."]
+    return sorted(file for file in tables if file.suffix.lower() != PARQUET or not describes_another(file))
+
+
+def describes_another(file: Path) -> bool:
+    """Whether a parquet file lists what is in the tar or folder of its name, as img2dataset's do."""
+    return file.with_suffix(".tar").exists() or file.with_suffix("").is_dir()
 
 
 def _only_table(path: Path) -> Path:
@@ -103,7 +118,22 @@ def _read_rows(path: Path, problems: Problems) -> tuple[list[str], Iterator[Row]
         return _object_rows(((f"{path.name}[{place}]", row) for place, row in enumerate(document)), problems)
     if suffix in DELIMITERS:
         return read_delimited(read_text(path), DELIMITERS[suffix], path, problems)
+    if suffix == PARQUET:
+        return _parquet_rows(path)
     raise LAYOUT.error(f"{path} has the suffix '{path.suffix}'; tables end in {', '.join(TABLE_SUFFIXES)} or .json.")
+
+
+def _parquet_rows(path: Path) -> tuple[list[str], Iterator[Row]]:
+    import pyarrow as pa  # arrow only where parquet is read
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} is no readable parquet file ({one_line(str(error), 200)}). Copy it again.") from error
+    batches = table.iter_batches(4096)
+    rows = (row for batch in batches for row in batch.to_pylist())
+    return table.schema_arrow.names, ((f"{path.name}:{number}", row) for number, row in enumerate(rows))
 
 
 def _parse_lines(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
@@ -127,12 +157,18 @@ def _object_rows(values: Iterator[tuple[str, Any]], problems: Problems) -> tuple
 
 
 def _choose_columns(header: Sequence[str], options: SourceOptions, path: Path) -> Columns:
-    image = _named(header, options.image_column, "--image-column", path) or _find(header, IMAGE_COLUMNS)
-    caption = _named(header, options.caption_column, "--caption-column", path) or _find(header, CAPTION_COLUMNS)
-    label = _find(header, LABEL_COLUMNS)
+    image = column_named(header, options.image_column, IMAGE_COLUMNS, "--image-column", path)
+    caption = column_named(header, options.caption_column, CAPTION_COLUMNS, "--caption-column", path)
+    label = find_column(header, LABEL_COLUMNS)
     if label in (image, caption):
         label = None
     have = f"have: {one_line(', '.join(header), 300) or 'none'}"
+    if image is None and find_column(header, URL_COLUMNS):
+        url = find_column(header, URL_COLUMNS)
+        raise DataError(
+            f"{path} holds links, not images ({have}). Download them into shards first: "
+            f"vlkit shards build {path} --url-column {url} --out FOLDER."
+        )
     if image is None:
         raise DataError(
             f"{path}: no column {' | '.join(IMAGE_COLUMNS)} found, {have}. Name the one with the image paths by "
@@ -143,24 +179,7 @@ def _choose_columns(header: Sequence[str], options: SourceOptions, path: Path) -
             f"{path}: no column {' | '.join(CAPTION_COLUMNS)} found, {have}. Name the one with the captions by "
             "--caption-column."
         )
-    return Columns(image, caption, label, _find(header, ("split",)))
-
-
-def _find(header: Sequence[str], names: Sequence[str]) -> str | None:
-    lowered = {column.strip().lower(): column for column in reversed(header)}
-    return next((lowered[name] for name in names if name in lowered), None)
-
-
-def _named(header: Sequence[str], column: str | None, option: str, path: Path) -> str | None:
-    if column is None:
-        return None
-    found = column if column in header else _find(header, [column.lower()])
-    if found is None:
-        have = one_line(", ".join(header), 300)
-        raise ConfigError(
-            f"{path}: column '{column}' ({option}) not found, have: {have}. {did_you_mean(column, header)}"
-        )
-    return found
+    return Columns(image, caption, label, find_column(header, SPLIT_COLUMN))
 
 
 def _group(rows: Iterator[Row], columns: Columns, problems: Problems) -> tuple[list[Annotated], list[str | None]]:
@@ -202,18 +221,3 @@ def _split(row: dict[str, Any], columns: Columns) -> str | None:
 def _class(row: dict[str, Any], columns: Columns) -> str | None:
     value = row.get(columns.label) if columns.label else None
     return None if value is None or not str(value).strip() else str(value).strip()
-
-
-def _label(images: list[Annotated], classes: list[str | None]) -> tuple[str, ...]:
-    """Give images their labels and return the class names; whole numbers >= 0 are labels already."""
-    given = {name for name in classes if name is not None}
-    # The limit keeps a stray identifier in a column `label` from asking for billions of class names.
-    if given and all(name.isdecimal() and len(name) < 7 for name in given):
-        names = [str(label) for label in range(max(int(name) for name in given) + 1)]
-        label_of = {name: int(name) for name in given}
-    else:
-        names = sorted(given)
-        label_of = {name: label for label, name in enumerate(names)}
-    for image, name in zip(images, classes, strict=True):
-        image.label = None if name is None else label_of[name]
-    return tuple(names)

@@ -1,4 +1,8 @@
-"""Existing tar shards as a source: records that point into the tars, nothing is unpacked."""
+"""Existing tar shards as a source: records that point into the tars, nothing is unpacked.
+
+CLIP_benchmark's `wds` layout (`wds_layout.py`) is one of these: tars in split folders, with names, templates and the
+kind of the data set in text files beside them.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +11,13 @@ from typing import TYPE_CHECKING
 from vlkit.data.records import Problems, Record, Source
 from vlkit.data.sources.annotated import Layout, read_text
 from vlkit.data.sources.options import STANDARD_SPLITS, SourceOptions, canonical_split, require_split
+from vlkit.data.sources.wds_layout import (
+    MULTI_LABEL,
+    check_shard_count,
+    dataset_type,
+    multi_hot_labels,
+    templates_beside,
+)
 from vlkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -16,7 +27,7 @@ LAYOUT = Layout(
     "webdataset",
     """\
   shards/00000.tar, 00001.tar, ...   with members KEY.jpg, KEY.txt (one caption a line), KEY.cls, KEY.json
-  or shards/{train,val,test}/*.tar; class names in classnames.txt beside the tars
+  or shards/{train,val,test}/*.tar; class names in classnames.txt beside the tars (also CLIP_benchmark's layout)
 """,
 )
 
@@ -26,29 +37,38 @@ def read_webdataset(path: Path, options: SourceOptions) -> Source:
 
     Args:
         path: what `expand_shards` takes: a tar, a folder of tars, a glob, braces, `a::b`.
-        options: `split` picks the tars in the folder of that name below `path`.
+        options: `split` picks the tars in the folder of that name below `path`; where there is none, the samples
+            whose `.json` names that split, as in shards built by vlkit.
 
     Returns:
         Records in the order of the shards; the key is `SHARD/KEY`, after `SPLIT/` where the tars lie in split
-        folders. Class names come from `classnames.txt`, otherwise they are the labels' numbers.
+        folders. Class names come from `classnames.txt`, otherwise they are the labels' numbers; templates from
+        `zeroshot_classification_templates.txt`.
 
     Raises:
-        DataError: no shards, a shard that cannot be read, no such split, or no usable sample.
+        DataError: no shards, fewer than `nshards.txt` says, a shard that cannot be read, no such split, or no usable
+            sample.
     """
     from vlkit.data.shard_index import ShardSet  # arrow and numpy only where shards are read
 
     options.check_used("webdataset", ["split"])
     problems = Problems()
     records: list[Record] = []
-    for folder, split in _split_folders_of(path, options.split):
+    for folder, split in _folders_to_read(path, options.split):
+        check_shard_count(folder)
         for shard in ShardSet.open(str(folder)).shards:
-            _merge(shard.problems, shard.path.name, problems)
-            records += _records(shard, split, problems)
+            multi_label = dataset_type(shard.path.parent) == MULTI_LABEL
+            _merge(shard.problems, shard.path.name, problems, labelled=multi_label)
+            records += _records(shard, split, multi_label, problems)
+    if not _split_folders(path):
+        wanted = require_split(options.split, {record.split for record in records}, path)
+        records = [record for record in records if wanted is None or record.split == wanted]
     if not records:
         raise LAYOUT.error(f"No usable sample in the shards of {path}: {'; '.join(problems.lines())}.")
-    labels = [record.label for record in records if record.label is not None]
+    labels = [label for record in records for label in (record.labels or (record.label,)) if label is not None]
     root = Path(records[0].image.path or "").parent
-    return Source(tuple(records), "webdataset", root, class_names_beside(root, labels), problems)
+    names = class_names_beside(root, labels)
+    return Source(tuple(records), "webdataset", root, names, problems, templates_beside(root))
 
 
 def is_shard_spec(path: Path) -> bool:
@@ -87,30 +107,56 @@ def _split_folders(folder: Path) -> dict[str, Path]:
     return {canonical_split(entry.name): entry for entry in below if any(entry.glob("*.tar"))}
 
 
-def _split_folders_of(path: Path, split: str | None) -> list[tuple[Path, str | None]]:
+def _folders_to_read(path: Path, split: str | None) -> list[tuple[Path, str | None]]:
     """What to open, with the split it is: the folder itself, one split of it, or all."""
     folders = _split_folders(path)
-    wanted = require_split(split, folders, path)
-    if wanted:
+    if split is not None and folders:
+        wanted = require_split(split, folders, path)
+        assert wanted is not None
         return [(folders[wanted], wanted)]
     if folders and not any(path.glob("*.tar")):
         return [(folder, name) for name, folder in folders.items()]
     return [(path, None)]
 
 
-def _records(shard: "ShardIndex", split: str | None, problems: Problems) -> Iterator[Record]:
+def _records(shard: "ShardIndex", split: str | None, multi_label: bool, problems: Problems) -> Iterator[Record]:
+    names_split = split is None and _names_split(shard)
     for row in range(shard.num_samples):
         key = f"{shard.name}/{shard.key(row)}" if split is None else f"{split}/{shard.name}/{shard.key(row)}"
         try:
-            record = Record(key, shard.image(row), shard.captions(row), shard.label(row), split)
+            own = _own_split(shard, row) if names_split else split
+            labels = _labels(shard, row, key) if multi_label else None
+            record = Record(key, shard.image(row), shard.captions(row), shard.label(row), own, labels)
         except DataError as error:
             problems.add("label or captions that cannot be read", f"{key} ({error})")
         else:
             yield record
 
 
-def _merge(found: Problems, shard: str, problems: Problems) -> None:
+def _names_split(shard: "ShardIndex") -> bool:
+    """Whether samples may name their split; asked once, as reading the `.json` of every sample takes time."""
+    if (shard.path.parent / "build.json").is_file():
+        return True
+    try:
+        return shard.num_samples > 0 and _own_split(shard, 0) is not None
+    except DataError:
+        return False
+
+
+def _own_split(shard: "ShardIndex", row: int) -> str | None:
+    split = (shard.json(row) or {}).get("split")
+    return canonical_split(split) if isinstance(split, str) and split.strip() else None
+
+
+def _labels(shard: "ShardIndex", row: int, key: str) -> tuple[int, ...] | None:
+    data = shard.read_member(row, "npy")
+    return None if data is None else multi_hot_labels(data, key)
+
+
+def _merge(found: Problems, shard: str, problems: Problems, labelled: bool) -> None:
     for cause, count in found.counts.items():
+        if labelled and cause == "no caption and no label (kept)":
+            continue  # the index knows labels in .cls only
         for key in found.examples[cause]:
             problems.add(cause, f"{shard}: {key}")
         problems.counts[cause] += count - len(found.examples[cause])
