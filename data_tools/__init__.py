@@ -1,0 +1,1 @@
+"""Shards and tables in, shards and reports out: build, validate, summarize."""

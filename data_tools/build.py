@@ -4,7 +4,8 @@
 
 A shard holds the next `samples_per_shard` records and is written by one process; records that cannot be used leave
 their number free, so that a sample's key never depends on other records. Killed at any time and started again,
-the build continues, and ends with the same bytes as one that was never interrupted, with any number of workers.
+the build continues, and ends with the same bytes as one that was never interrupted, with any number of workers
+(and the same versions of libraries).
 """
 
 import json
@@ -109,7 +110,6 @@ def _check_options(samples_per_shard: int, max_side: int | None, quality: int) -
 
 def _plan(source: Source, options: ShardOptions, samples_per_shard: int, seed: int | None) -> dict[str, Any]:
     return {
-        "format": "vlkit shards 1",
         "num_shards": -(-len(source) // samples_per_shard),
         "num_records": len(source),
         "source": source_fingerprint(source),

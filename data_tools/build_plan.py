@@ -12,10 +12,9 @@ from typing import Any
 from data_tools.write_shard import stats_path
 from vlkit.data.atomic import TEMPORARY, atomic_file
 from vlkit.data.records import ImageRef, Source
+from vlkit.data.shard_paths import BUILD_FORMAT, BUILD_PLAN, read_build_plan
 from vlkit.data.shard_sidecar import sidecar_path
 from vlkit.errors import DataError
-
-PLAN = "build.json"
 
 # Files of ours that a killed build was writing.
 _NAMES = r"\d+\.(tar|index\.arrow|stats\.json)|build\.json|failures\.jsonl|classnames\.txt"
@@ -76,14 +75,14 @@ def settle_plan(folder: Path, plan: dict[str, Any]) -> None:
     Raises:
         DataError: the folder belongs to another build, or holds shards of unknown origin.
     """
-    path = folder / PLAN
-    if path.is_file():
-        _compare(json.loads(path.read_text()), plan, folder)
+    begun = read_build_plan(folder)
+    if begun is not None:
+        _compare(begun, plan, folder)
     elif any(folder.glob("*.tar")):
         raise DataError(f"{folder} holds tars that no `vlkit shards build` made. Name an empty or new folder as --out.")
     else:
-        with atomic_file(path) as file:
-            file.write(json.dumps(plan, indent=1).encode())
+        with atomic_file(folder / BUILD_PLAN) as file:
+            file.write(json.dumps({"format": BUILD_FORMAT, **plan}, indent=1).encode())
     for entry in list(folder.iterdir()):
         if _LEFT_OVER.fullmatch(entry.name):
             entry.unlink(missing_ok=True)
@@ -105,7 +104,7 @@ def _compare(begun: dict[str, Any], wanted: dict[str, Any], folder: Path) -> Non
     changed = [
         f"{name} was {json.dumps(begun.get(name))}, now {json.dumps(wanted.get(name))}"
         for name in names
-        if begun.get(name) != wanted.get(name)
+        if name != "format" and begun.get(name) != wanted.get(name)
     ]
     if changed:
         raise DataError(

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image
 
 from vlkit.data.decode import open_image
+from vlkit.data.transforms import resize
 
 # How files of a format open (bytes, position), and what their members are called.
 _MAGIC = (
@@ -48,8 +48,8 @@ def store_image(data: bytes, where: str, max_side: int | None, quality: int) -> 
     Args:
         data: the encoded image.
         where: names it in messages.
-        max_side: pixels; an image with a longer side is turned upright, resized to it (Lanczos) and encoded as
-            JPEG. None keeps all bytes as they are.
+        max_side: pixels; an image with a longer side is turned upright, resized to it (bicubic, antialiased) and
+            encoded as JPEG. None keeps all bytes as they are.
         quality: of that JPEG.
 
     Raises:
@@ -63,9 +63,8 @@ def store_image(data: bytes, where: str, max_side: int | None, quality: int) -> 
     width, height = (max(round(side * max_side / max(size)), 1) for side in size)
     # A JPEG is decoded at a fraction while that leaves twice the size wanted: off by 3 grey levels at most.
     decoded = image.decode(image.shrink_for(image.height, image.width, min(width, height)))
-    pixels = Image.fromarray(np.ascontiguousarray(decoded.permute(1, 2, 0).numpy()))
-    small = np.asarray(pixels.resize((width, height), Image.Resampling.LANCZOS))
-    encoded = simplejpeg.encode_jpeg(small, quality, "RGB", "420", fastdct=False)
+    small = resize(decoded, height, width, "bicubic").permute(1, 2, 0).numpy()
+    encoded = simplejpeg.encode_jpeg(np.ascontiguousarray(small), quality, "RGB", "420", fastdct=False)
     return StoredImage(encoded, "jpg", width, height, *size, True)
 
 

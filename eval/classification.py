@@ -8,13 +8,13 @@ evaluation.metrics["accuracy@1"]
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from eval.features import IMAGES, ClassifyingSource, EmbeddedRecords, TextsReported, embed_records, parts_of
+from eval.features import IMAGES, ClassifyingSource, EmbeddedRecords, embed_records, parts_of
 from eval.metrics import (
     Ranks,
     bootstrap_interval,
@@ -31,7 +31,7 @@ from vlkit.data.records import Record
 from vlkit.errors import DataError
 
 if TYPE_CHECKING:
-    from vlkit.models.embedder import Embedder
+    pass
 
 # Rows scored together: 1024 x 20,000 classes are 80 MB.
 CHUNK = 1024
@@ -126,9 +126,7 @@ class ClassificationEvaluator(Evaluator):
         templates = load_templates(self.templates) if isinstance(self.templates, str) else tuple(self.templates)
         num_prompts = len(templates) * sum(len(parse_class(name).names) for name in self.class_names)
         of_prompts, of_images = parts_of(self.progress, num_prompts, len(labelled))
-        # Of an Embedder the classifier uses what TextsReported gives.
-        embedder = cast("Embedder", TextsReported(source, of_prompts))
-        classifier = ZeroShotClassifier.build(embedder, self.class_names, templates)
+        classifier = ZeroShotClassifier.build(source, self.class_names, templates, progress=of_prompts)
         images = embed_records(source, labelled, self.batch_size, self.workers, of_images)
         labels = torch.tensor([record.label for record in images.records])
         scored = _score(classifier, images.features, labels)

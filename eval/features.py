@@ -1,7 +1,6 @@
 """What an evaluator asks of a model, and the check of what it gets."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
@@ -68,33 +67,6 @@ class EmbeddedRecords(NamedTuple):
     records: tuple[Record, ...]  # (N,) the readable ones, in their order
     features: Tensor  # (N,D)
     unreadable: tuple[tuple[str, str], ...]  # key and reason
-
-
-@dataclass(frozen=True)
-class TextsReported:
-    """A source whose work on texts reports to `progress`, for callers that offer no way to pass one."""
-
-    source: ClassifyingSource
-    progress: Progress | None
-
-    def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """As the source."""
-        return self.source.embed_texts(texts, batch_size, self.progress)
-
-    @property
-    def logit_scale(self) -> float:
-        """As the source."""
-        return self.source.logit_scale
-
-    @property
-    def logit_bias(self) -> float | None:
-        """As the source."""
-        return self.source.logit_bias
-
-    @property
-    def family(self) -> Literal["softmax", "sigmoid"]:
-        """As the source."""
-        return self.source.family
 
 
 def embed_records(

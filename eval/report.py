@@ -7,23 +7,17 @@ are shown as text.
 """
 
 import base64
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
 from torch import Tensor
 
 from vlkit.data.atomic import atomic_file
-from vlkit.data.decode import decode_image
-from vlkit.data.records import ImageRef
 from vlkit.errors import DataError
 from vlkit.escape import one_line
 
-THUMBNAIL_SIDE = 160  # pixels
 # A matrix with more classes is cut to those with the most mistakes: cells below 6 pixels say nothing.
 MAX_CLASSES = 120
 
@@ -174,23 +168,3 @@ def write_report(path: str | Path, title: str, sections: Iterable[Section], subt
             file.write(page.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise DataError(f"Cannot write the report {path}: {error.strerror or error}.") from error
-
-
-def thumbnail(image: ImageRef | Tensor, side: int = THUMBNAIL_SIDE, where: str = "the image") -> str:
-    """A small JPEG as a data URL.
-
-    Args:
-        image: where the image lies, or its pixels (3,H,W) uint8.
-        side: the longer side, in pixels; a smaller image stays as it is.
-        where: names the image in an error.
-
-    Raises:
-        DataError: the image cannot be decoded.
-    """
-    pixels = image if isinstance(image, Tensor) else decode_image(image.read(), where=where, min_size=side)
-    assert pixels.dtype == torch.uint8 and pixels.ndim == 3, (pixels.dtype, pixels.shape)
-    small = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    small.thumbnail((side, side))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

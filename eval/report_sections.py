@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from eval.classification import ClassifiedExample
 from eval.examples import Found, RetrievalExample
-from eval.report import Card, Gallery, Matrix, Query, Section, Table, thumbnail
+from eval.report import Card, Gallery, Matrix, Query, Section, Table
 from vlkit.contracts import Evaluation
+from vlkit.data.thumbnail import thumbnail
 from vlkit.errors import DataError
 from vlkit.escape import one_line
 

@@ -65,6 +65,7 @@ def map_parts(function: Callable[[Part], Result], parts: Sequence[Part], workers
 
 
 def _start_worker() -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported here: processes are the threads
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which lets the parts under way end
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -38,7 +38,7 @@ def bootstrap_interval(
         seed: the same seed draws the same resamples for the same number of units.
 
     Returns:
-        (2,) or (2,S) float64: low and high.
+        (2,) or (2,S) float64 on the CPU: low and high.
 
     Raises:
         ValueError: no items.
@@ -47,7 +47,7 @@ def bootstrap_interval(
     """
     if not len(values):
         raise ValueError("No items; expected at least one.")
-    columns = values.double().reshape(len(values), -1).numpy()
+    columns = values.double().cpu().reshape(len(values), -1).numpy()
     items = torch.arange(len(values))
     unit = items if units is None else units
     group = torch.zeros_like(items) if groups is None else groups
@@ -84,7 +84,7 @@ class _Cells:
 
 def _consecutive(values: Tensor) -> NDArray[np.int64]:
     """(n,) numbers from 0 without gaps, equal where `values` are equal."""
-    return np.unique(values.numpy(), return_inverse=True)[1]
+    return np.unique(values.cpu().numpy(), return_inverse=True)[1]
 
 
 def _resamples(num_units: int, num_resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:

@@ -25,7 +25,7 @@ class HandEmbedder:
     def __init__(self):
         self.seen = []
 
-    def embed_texts(self, texts):
+    def embed_texts(self, texts, batch_size=256, progress=None):
         self.seen += texts
         return torch.tensor([self.vectors[text.split()[-1].rstrip(".")] for text in texts])
 
@@ -65,7 +65,7 @@ def test_templates_are_averaged_and_brought_to_unit_norm():
     """Templates give (1, 0) and (s, s); their normalised mean is at 22.5 degrees."""
 
     class TwoTemplates(HandEmbedder):
-        def embed_texts(self, texts):
+        def embed_texts(self, texts, batch_size=256, progress=None):
             return torch.tensor([(1.0, 0.0) if text.startswith("a") else (SQRT_HALF, SQRT_HALF) for text in texts])
 
     classifier = ZeroShotClassifier.build(TwoTemplates(), ["dog"], ["a {}", "the {}"])
@@ -75,7 +75,7 @@ def test_templates_are_averaged_and_brought_to_unit_norm():
 
 def test_class_names_with_braces_are_plain_text():
     embedder = HandEmbedder()
-    embedder.embed_texts = lambda texts: embedder.seen.extend(texts) or torch.ones(len(texts), 2) * SQRT_HALF
+    embedder.embed_texts = lambda texts, **options: embedder.seen.extend(texts) or torch.ones(len(texts), 2) * SQRT_HALF
     ZeroShotClassifier.build(embedder, ["{0} dog {x}"], "photo")
     assert embedder.seen == ["a photo of a {0} dog {x}."]
 

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import os
 import pickle
 import random
 import re
@@ -453,11 +452,11 @@ def test_more_shards_than_files_that_stay_open(tmp_path):
         assert all(shard.image_bytes(0).startswith(b"a|image") for shard in shards.shards)
 
 
-def test_real_shards_without_writing_there(data_folder):
-    shards = ShardSet.open(data_folder / "tiny_imagenet_shards")
+def test_real_shards_without_writing_there(vlkit_data):
+    shards = ShardSet.open(vlkit_data / "tiny_imagenet_shards")
     assert shards.num_samples == 8000 and not shards.problems
     assert shards.shards[0].captions(0) and shards.shards[0].json(0)["class_name"] == shards.shards[0].captions(0)[0]
-    assert not list((data_folder / "tiny_imagenet_shards").glob("*.arrow"))
+    assert not list((vlkit_data / "tiny_imagenet_shards").glob("*.arrow"))
     for shard in shards.shards:
         table = build_table(shard.path)
         assert table.num_rows == shard.num_samples
@@ -465,13 +464,6 @@ def test_real_shards_without_writing_there(data_folder):
         assert [expected[shard.key(i)]["jpg"] for i in (0, 5, shard.num_samples - 1)] == [
             shard.image_bytes(i) for i in (0, 5, shard.num_samples - 1)
         ]
-
-
-@pytest.fixture
-def data_folder():
-    if "VLKIT_DATA" not in os.environ:
-        pytest.skip("VLKIT_DATA is not set")
-    return Path(os.environ["VLKIT_DATA"])
 
 
 def test_map_table_names_what_it_cannot_read(tmp_path):

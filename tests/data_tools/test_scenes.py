@@ -43,7 +43,8 @@ def test_relation_is_where_the_caption_says(relation, axis, first_is_lower):
     """Centers of red and of blue pixels, along x (axis 1) or y (axis 0)."""
     red, blue = (Group(ColorShape(color, "circle"), "plain", "large", 1) for color in ("red", "blue"))
     scene = Scene((red, blue), relation)
-    assert captions(scene, np.random.default_rng(0))[0] == f"a large plain red circle {relation} a large plain blue circle"
+    caption = captions(scene, np.random.default_rng(0))[0]
+    assert caption == f"a large plain red circle {relation} a large plain blue circle"
     for seed in range(10):
         pixels = np.asarray(render(scene, np.random.default_rng(seed))).astype(int)
         centers = [np.argwhere(np.abs(pixels - RGB[color]).sum(-1) < 60)[:, axis].mean() for color in ("red", "blue")]
@@ -53,5 +54,6 @@ def test_relation_is_where_the_caption_says(relation, axis, first_is_lower):
 def test_class_folder(tmp_path):
     write_class_folder(tmp_path, SEEN[:2], per_class=3, seed=0)
     files = sorted(tmp_path.rglob("*.jpg"))
-    assert len(files) == 6 and {file.parent.name for file in files} == {kind.name.replace(" ", "_") for kind in SEEN[:2]}
+    folders = {kind.name.replace(" ", "_") for kind in SEEN[:2]}
+    assert len(files) == 6 and {file.parent.name for file in files} == folders
     assert Image.open(io.BytesIO(files[0].read_bytes())).size == (SIDE, SIDE)

@@ -12,10 +12,11 @@ from PIL import Image
 
 from eval.classification import ClassifiedExample
 from eval.examples import Found, RetrievalExample
-from eval.report import Card, Gallery, Matrix, Picture, Query, Table, thumbnail, write_report
+from eval.report import Card, Gallery, Matrix, Picture, Query, Table, write_report
 from eval.report_sections import evaluation_sections
 from vlkit.contracts import Evaluation
 from vlkit.data.records import ImageRef, Record
+from vlkit.data.thumbnail import thumbnail
 from vlkit.errors import DataError
 
 HOSTILE = "<img src=x onerror=alert(1)>\x1b[31m\u202e"

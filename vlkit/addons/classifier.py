@@ -6,18 +6,38 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from vlkit.addons.base import ClassWeights
-from vlkit.addons.class_weights.templates import DEFAULT_TEMPLATES, load_templates, template_weights
+from vlkit.addons.class_weights.templates import (
+    DEFAULT_TEMPLATES,
+    TextEmbedder,
+    check_templates,
+    load_templates,
+    template_weights,
+)
+from vlkit.contracts import Progress
 from vlkit.errors import ConfigError
 
-if TYPE_CHECKING:
-    from vlkit.models.embedder import Embedder
-
 Family = Literal["softmax", "sigmoid"]
+
+
+class ClassifyingEmbedder(TextEmbedder, Protocol):
+    """An embedder of texts that says how its scores become probabilities; `Embedder` does."""
+
+    @property
+    def logit_scale(self) -> float:
+        """Multiplier of the cosine."""
+
+    @property
+    def logit_bias(self) -> float | None:
+        """Added after scaling; None for softmax-trained models."""
+
+    @property
+    def family(self) -> Family:
+        """Over the classes, or each class on its own."""
 
 
 class ClassName(NamedTuple):
@@ -61,9 +81,10 @@ class ZeroShotClassifier:
     @classmethod
     def build(
         cls,
-        embedder: "Embedder",
+        embedder: ClassifyingEmbedder,
         class_names: Sequence[str | ClassName],
         templates: str | Sequence[str] = DEFAULT_TEMPLATES,
+        progress: Progress | None = None,
     ) -> "ZeroShotClassifier":
         """Embed the prompts of every class.
 
@@ -71,13 +92,14 @@ class ZeroShotClassifier:
             embedder: the encoder whose images will be classified.
             class_names: C names; a string may be `name | synonym | synonym`.
             templates: a set's name, a file, one template, or a list of templates with `{}`.
+            progress: called with (done, total) prompts.
 
         Raises:
             ConfigError: no class, an empty name, duplicates, or unusable templates.
         """
         classes = check_classes([parse_class(name) if isinstance(name, str) else name for name in class_names])
-        chosen = load_templates(templates) if isinstance(templates, str) else tuple(templates)
-        weights = template_weights(embedder, [item.names for item in classes], chosen)
+        chosen = load_templates(templates) if isinstance(templates, str) else check_templates(templates, "the list")
+        weights = template_weights(embedder, [item.names for item in classes], chosen, progress)
         return cls(
             class_names=tuple(item.shown for item in classes),
             weights=weights,

@@ -3,19 +3,16 @@
 The page stays below 30 MB whatever the number of images: what is shown is chosen by count and bytes.
 """
 
-import base64
 import heapq
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, select_autoescape
-from PIL import Image
 
 from vlkit.classify.run import Classified, Unreadable
-from vlkit.data.decode import decode_image
 from vlkit.data.records import Record
+from vlkit.data.thumbnail import thumbnail
 from vlkit.errors import DataError
 from vlkit.escape import one_line
 
@@ -97,20 +94,6 @@ def write_report(
         raise DataError(f"Cannot write the report {path}: {error.strerror or error}.") from error
 
 
-def thumbnail(record: Record, side: int = THUMBNAIL_SIDE) -> str:
-    """The image as a JPEG data URL, at most `side` pixels on its longer side.
-
-    Raises:
-        DataError: the image cannot be decoded.
-    """
-    pixels = decode_image(record.image.read(), where=record.key, min_size=side)
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=72)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
 @dataclass
 class _Budget:
     left: int
@@ -118,7 +101,7 @@ class _Budget:
     def thumbnail(self, record: Record) -> str | None:
         if self.left <= 0:
             return None
-        url = thumbnail(record)
+        url = thumbnail(record.image, side=THUMBNAIL_SIDE, where=record.key)
         self.left -= len(url)
         return url
 

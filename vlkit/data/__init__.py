@@ -1,0 +1,1 @@
+"""Records, shards, and the loader that turns them into batches."""

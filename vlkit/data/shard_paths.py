@@ -4,10 +4,14 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from vlkit.errors import DataError
 
 ShardSpec = str | Path | Sequence[str | Path]
+
+BUILD_PLAN = "build.json"  # what `vlkit shards build` is to do, in the folder of the shards
+BUILD_FORMAT = "vlkit shards 1"
 
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -39,14 +43,23 @@ def expand_shards(spec: ShardSpec) -> list[Path]:
     return paths
 
 
+def read_build_plan(folder: Path) -> dict[str, Any] | None:
+    """The plan of the `vlkit shards build` that wrote to a folder; None when none did."""
+    try:
+        plan = json.loads((folder / BUILD_PLAN).read_text())
+    except (OSError, ValueError):
+        return None
+    return plan if isinstance(plan, dict) and plan.get("format") == BUILD_FORMAT else None
+
+
 def unfinished_build(spec: ShardSpec) -> str | None:
     """What is missing, when `spec` names a folder whose `vlkit shards build` was not finished."""
     parts = [spec] if isinstance(spec, str | Path) else list(spec)
     for folder in (Path(piece) for part in parts for piece in str(part).split("::")):
-        plan = folder / "build.json"
-        if not plan.is_file():
+        plan = read_build_plan(folder)
+        if plan is None:
             continue
-        expected = json.loads(plan.read_text())["num_shards"]
+        expected = plan["num_shards"]
         finished = len(list(folder.glob("*.stats.json")))
         if finished < expected:
             return (

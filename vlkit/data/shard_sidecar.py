@@ -90,7 +90,9 @@ def map_table(path: Path) -> pa.Table:
         DataError: it is no sidecar, or of another version.
     """
     try:
-        with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
+        # Threads of Arrow would be started in a process that may be forked later.
+        options = pa.ipc.IpcReadOptions(use_threads=False)
+        with pa.memory_map(str(path)) as file, pa.ipc.open_file(file, options=options) as reader:
             table = reader.read_all()
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{path} is no shard index, or was cut: {error}. Delete it; it is made again.") from error

@@ -7,9 +7,9 @@
     square = augment.apply(image, 64, "bicubic", generator(seed, epoch, sample_id, "augment"))
 
 Resizing uses torch's vectorised uint8 kernel, several times faster than pillow's resize. On photographs its result
-differs from pillow's by at most 1 grey level, but for about one value in a million, which differs by 2 (both round
-between the two passes of the filter, torch with 15-bit weights). Normalisation by mean and std is left to the encoder,
-which receives uint8.
+differs from pillow's by at most 1 grey level, but for two or three values in a million, which differ by 2 (both
+round between the two passes of the filter, torch with 15-bit weights). `Preprocess.with_pillow` is exact.
+Normalisation by mean and std is left to the encoder, which receives uint8.
 """
 
 import math

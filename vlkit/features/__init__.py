@@ -1,0 +1,1 @@
+"""Features on disk: embedded once, scored many times."""

@@ -97,9 +97,13 @@ def dry_run(run: RunConfig) -> Plan:
         data = DataPlan(len(shards.shards), shards.num_samples, None)
         batch = _real_batch(run, shards, learner.encoder, tried)
     began = time.perf_counter()
-    loss, activations = _train_on(learner, batch, run)
+    loss, kept = _train_on(learner, batch, run)
     seconds = time.perf_counter() - began
     rows = run.data.global_batch_size // world_size()
+    if rows > tried:
+        # Autocast keeps copies of the weights too, so what is kept is a line that does not pass through zero.
+        _, kept_of_half = _train_on(learner, _first_half(batch), run)
+        kept += (kept - kept_of_half) * (rows - tried) // (tried - tried // 2)
     steps = _steps(run, steps_per_epoch)
     return Plan(
         device=str(device),
@@ -115,7 +119,7 @@ def dry_run(run: RunConfig) -> Plan:
         epochs=None if steps is None or steps_per_epoch is None else steps / steps_per_epoch,
         warmup_steps=_warmup(run, steps, steps_per_epoch),
         lr=run.optim.lr,
-        memory=_memory(learner, activations * rows // tried, tried, rows),
+        memory=_memory(learner, kept, tried, rows),
         loss=loss,
         seconds=seconds,
     )
@@ -196,6 +200,17 @@ def _real_batch(run: RunConfig, shards: ShardSet, encoder: DualEncoder, rows: in
     small = run.data.model_copy(update={"global_batch_size": rows * world_size(), "workers": 0})
     with assemble.build_loader(run.model_copy(update={"data": small}), shards, encoder) as loader:
         return next(loader.epoch(0))
+
+
+def _first_half(batch: ImageTextBatch) -> ImageTextBatch:
+    rows = len(batch.images) // 2
+    texts = batch.text_to_image < rows
+    return batch._replace(
+        images=batch.images[:rows],
+        tokens=batch.tokens[texts],
+        text_to_image=batch.text_to_image[texts],
+        valid=batch.valid[:rows],
+    )
 
 
 def _made_up_batch(encoder: DualEncoder, rows: int) -> ImageTextBatch:

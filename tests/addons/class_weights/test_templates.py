@@ -8,7 +8,7 @@ from vlkit.addons.class_weights.templates import template_weights, templates_has
 class HashEmbedder:
     """A fixed random unit vector for every text."""
 
-    def embed_texts(self, texts):
+    def embed_texts(self, texts, batch_size=256, progress=None):
         rows = []
         for text in texts:
             generator = torch.Generator().manual_seed(sum(ord(char) * 31**i for i, char in enumerate(text)) % 2**31)

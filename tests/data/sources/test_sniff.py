@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from vlkit.data.sources import FORMATS, read_source
@@ -19,6 +21,10 @@ CASES = {
     "coco": [("annotations/captions_val2017.json", COCO), ("val2017/a.jpg", "x")],
     "webdataset": [("00000.tar", "x"), ("00000_stats.json", "{}")],
     "flickr8k": [("Flickr8k.token.txt", "a.jpg#0\tx\n"), ("dataset_flickr8k.json", KARPATHY), ("Images/a.jpg", "x")],
+    "lavis": [("coco_karpathy_test.json", "[]"), ("val2014/a.jpg", "x")],
+    "clip_benchmark": [("flickr30k_test_karpathy.txt", "image,caption\na.jpg,x\n"), ("Images/a.jpg", "x")],
+    "caption_files": [("00000/000000000.jpg", "x"), ("00000/000000000.txt", "x"), ("00000_stats.json", "{}")],
+    "parquet": [("00000_stats.json", "{}")],  # and 00000.parquet, which is no text
     "flickr30k": [("results.csv", "image_name| comment_number| comment\n"), ("flickr30k_images/a.jpg", "x")],
 }
 
@@ -40,6 +46,8 @@ def test_every_format_has_a_case():
 @pytest.mark.parametrize("expected", CASES)
 def test_folders(tmp_path, expected):
     lay_out(tmp_path, CASES[expected])
+    if expected == "parquet":
+        pq.write_table(pa.table({"jpg": [b"x"], "caption": ["x"]}), tmp_path / "00000.parquet")
     assert guess(tmp_path) == expected
 
 
@@ -51,6 +59,8 @@ def test_folders(tmp_path, expected):
         ("x.json", "[]", "table"),
         ("x.json", KARPATHY, "karpathy"),
         ("captions.json", COCO, "coco"),
+        ("coco_karpathy_val.json", "[]", "lavis"),
+        ("coco_val_karpathy.json", COCO, "clip_benchmark"),
         ("results_20130124.token", "", "flickr30k"),
         ("results.csv", "image_name| comment_number| comment", "flickr30k"),
         ("results.csv", "image,caption", "table"),
@@ -96,3 +106,9 @@ def test_unknown_files(tmp_path, name, text):
     lay_out(tmp_path, [(name, text)])
     with pytest.raises(DataError, match=r"Cannot tell the format of|looks like neither"):
         guess(tmp_path / name)
+
+
+def test_embeddings_are_no_images(tmp_path):
+    lay_out(tmp_path, [("img_emb/img_emb_0.npy", ""), ("metadata/metadata_0.parquet", "")])
+    with pytest.raises(DataError, match=r"holds embeddings .*no images"):
+        guess(tmp_path)

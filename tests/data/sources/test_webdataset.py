@@ -1,10 +1,13 @@
 """Tar shards as a source."""
 
 import io
+import json
 import tarfile
 
 import pytest
+from PIL import Image
 
+from data_tools.build import build_shards
 from vlkit.data.sources import read_source
 from vlkit.errors import DataError
 
@@ -90,3 +93,26 @@ def test_truncated_shard_keeps_what_comes_before_the_cut(tmp_path):
 def test_missing_shard(tmp_path):
     with pytest.raises(DataError, match="0000"):
         read_source(tmp_path / "{00000..00003}.tar")
+
+
+def test_split_named_in_the_samples(tmp_path):
+    def own(key, split):
+        return sample(key, json=json.dumps({"key": key, "split": split}).encode())
+
+    write_tar(tmp_path / "00000.tar", own("a", "train") + own("b", "dev") + own("c", None))
+    write_tar(tmp_path / "00001.tar", own("d", "train"))
+    assert [record.split for record in read_source(tmp_path)] == ["train", "val", None, "train"]
+    assert [record.key for record in read_source(tmp_path, split="train")] == ["00000/a", "00001/d"]
+    assert [record.key for record in read_source(tmp_path, split="validation")] == ["00000/b"]
+    with pytest.raises(DataError, match=r"No split 'test' in .*Present: train, val"):
+        read_source(tmp_path, split="test")
+
+
+def test_split_of_shards_built_from_a_source_that_names_some(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "images" / f"{name}.png")
+    (tmp_path / "pairs.csv").write_text("image,caption,split\na.png,x,\nb.png,y,test\nc.png,z,train\n")
+    build_shards(read_source(tmp_path / "pairs.csv", images=tmp_path / "images"), tmp_path / "out")
+    assert [record.split for record in read_source(tmp_path / "out")] == [None, "test", "train"]
+    assert [record.captions for record in read_source(tmp_path / "out", split="test")] == [("y",)]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vlkit.addons.base import ClassWeights
+from vlkit.contracts import Progress
 from vlkit.errors import ConfigError, did_you_mean
 from vlkit.models.zero_shot_text import imagenet_templates, simple_templates
 
@@ -33,9 +34,8 @@ DEFAULT_TEMPLATES = "simple"
 class TextEmbedder(Protocol):
     """Whatever turns texts into unit-norm vectors (N, D); `Embedder` does."""
 
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 256, progress: Progress | None = None) -> Tensor:
         """(N, D) unit-norm float32 features, one row a text."""
-        ...
 
 
 def load_templates(choice: str) -> tuple[str, ...]:
@@ -84,7 +84,10 @@ def templates_hash(templates: Sequence[str]) -> str:
 
 
 def template_weights(
-    embedder: TextEmbedder, class_synonyms: Sequence[Sequence[str]], templates: Sequence[str]
+    embedder: TextEmbedder,
+    class_synonyms: Sequence[Sequence[str]],
+    templates: Sequence[str],
+    progress: Progress | None = None,
 ) -> ClassWeights:
     """Class weights of names and their synonyms under a set of templates.
 
@@ -92,6 +95,7 @@ def template_weights(
         embedder: gives (N, D) unit-norm text features.
         class_synonyms: for each class its names, at least one.
         templates: each with exactly one `{}`.
+        progress: called with (done, total) prompts.
 
     Returns:
         One vector for every name; a class's score is the maximum over its names.
@@ -100,6 +104,6 @@ def template_weights(
     class_of = [index for index, synonyms in enumerate(class_synonyms) for _ in synonyms]
     # A plain replace, not str.format: a class name may itself hold braces.
     prompts = [template.replace("{}", name) for name in names for template in templates]
-    features = embedder.embed_texts(prompts).reshape(len(names), len(templates), -1)
+    features = embedder.embed_texts(prompts, progress=progress).reshape(len(names), len(templates), -1)
     vectors = torch.nn.functional.normalize(features.mean(dim=1), dim=-1)
     return ClassWeights(vectors=vectors, class_of=torch.tensor(class_of), reduce="max")
