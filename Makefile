@@ -51,9 +51,9 @@ demo: env
 test: env
 	$(PYTEST) $(ARGS)
 
+# Both run, so that one report shows everything.
 check: env
-	$(BIN)/ruff check .
-	$(BIN)/mypy --strict vlkit data_tools eval
+	@status=0; $(BIN)/ruff check . || status=1; $(BIN)/mypy --strict vlkit data_tools eval || status=1; exit $$status
 
 slow: env
 	$(PYTEST) -m '(slow or gpu) and not network and not peers' $(ARGS)

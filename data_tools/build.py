@@ -10,10 +10,10 @@ the build continues, and ends with the same bytes as one that was never interrup
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,18 @@ from vlkit.errors import ConfigError, DataError
 
 FAILURES = "failures.jsonl"
 CLASS_NAMES = "classnames.txt"
+
+
+class NamedPart(Protocol):
+    """What is written by one process: it bears the name of its shard."""
+
+    @property
+    def name(self) -> str:
+        """`00000`, ..."""
+        ...
+
+
+Part = TypeVar("Part", bound=NamedPart)
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class BuildReport:
     num_reencoded: int
     image_bytes: int
     tar_bytes: int
-    failures: Problems  # records left out, by cause; all of them are in failures.jsonl
+    failures: Problems  # records left out, by cause; NNNNN.parquet names each
 
 
 def build_shards(
@@ -57,13 +69,15 @@ def build_shards(
     shuffle: bool = False,
     seed: int = 0,
     workers: int = 1,
+    engine: str = "local",
     progress: Progress | None = None,
 ) -> BuildReport:
     """Write a source as tar shards with indexes, or continue such a build.
 
     Args:
         source: the records; those without a caption get the name of their class as one.
-        out: folder for `00000.tar`, `00000.index.arrow`, `00000.stats.json`, ..., `build.json`, `failures.jsonl`.
+        out: folder for `00000.tar`, `00000.index.arrow`, `00000.parquet`, `00000.stats.json`, ..., `build.json`,
+            `failures.jsonl`. On Ray every machine must see it, and the images, under the same path.
         samples_per_shard: records per tar.
         max_side: pixels; larger images are turned upright, resized and encoded anew as JPEG. None keeps all bytes.
         quality: of that JPEG, 1-100.
@@ -71,6 +85,7 @@ def build_shards(
         shuffle: permute the records over all shards, by `seed`; else the source's order.
         seed: of the permutation.
         workers: processes. With several, a script needs the guard `if __name__ == "__main__":`.
+        engine: "local" or "ray"; see `map_parts`.
         progress: called with records done and in all.
 
     Raises:
@@ -78,7 +93,7 @@ def build_shards(
         DataError: no record, another build in the folder, no space left, or not one usable record.
         VlkitError: a worker process died.
     """
-    _check_options(samples_per_shard, max_side, quality)
+    check_options(samples_per_shard, max_side, quality)
     if not source.records:
         raise DataError(f"The source {source.root} has no records, so there is nothing to build.")
     options = ShardOptions(max_side, quality, tokenizers or {}, source.class_names)
@@ -88,17 +103,62 @@ def build_shards(
             settle_plan(out, plan)
             _write_class_names(source.class_names, out)
             parts = _cut(source, out, options, samples_per_shard, seed if shuffle else None)
-            stats, kept = _write_parts(parts, out, workers, len(source), progress)
-            _write_failures(stats, out)
+            sizes = {part.name: len(part.records) for part in parts}
+            report = run_parts(write_shard, parts, sizes, out, workers, engine, progress)
         except OSError as error:
             raise write_error(error, out) from error
-    report = _report(out, stats, kept)
     if report.num_samples == 0:
         raise DataError(f"None of the {len(source)} records could be used: {'; '.join(report.failures.lines())}.")
     return report
 
 
-def _check_options(samples_per_shard: int, max_side: int | None, quality: int) -> None:
+def key_widths(num_shards: int, samples_per_shard: int) -> tuple[int, int]:
+    """Digits of a shard's name and of a sample's number in it, img2dataset's where these suffice."""
+    return max(5, len(str(num_shards - 1))), max(4, len(str(samples_per_shard - 1)))
+
+
+def run_parts(
+    write: Callable[[Part], dict[str, Any]],
+    parts: Sequence[Part],
+    sizes: Mapping[str, int],
+    out: Path,
+    workers: int,
+    engine: str,
+    progress: Progress | None,
+) -> BuildReport:
+    """Write the parts that are not finished yet, and sum up all of them.
+
+    Args:
+        write: of a part, returns its stats.
+        parts: in order.
+        sizes: records of each part by its name.
+        out: the folder of the build, which is held.
+        workers: processes.
+        engine: "local" or "ray".
+        progress: called with records done and in all.
+    """
+    stats = {part.name: found for part in parts if (found := finished_stats(out, part.name))}
+    kept = len(stats)
+    todo = [part for part in parts if part.name not in stats]
+    done, total = sum(sizes[name] for name in stats), sum(sizes.values())
+    if progress:
+        progress(done, total)
+    for position, written in map_parts(write, todo, workers, engine):
+        stats[todo[position].name] = written
+        done += written["num_records"]
+        if progress:
+            progress(done, total)
+    in_order = [stats[part.name] for part in parts]
+    _write_failures(in_order, out)
+    return _report(out, in_order, kept)
+
+
+def check_options(samples_per_shard: int, max_side: int | None, quality: int) -> None:
+    """Refuse what no shard can be built with.
+
+    Raises:
+        ConfigError: an option out of range.
+    """
     for name, value, low, high in (
         ("samples_per_shard", samples_per_shard, 1, 1_000_000),
         ("max_side", 1 if max_side is None else max_side, 1, 65_500),  # JPEG's own limit
@@ -128,7 +188,7 @@ def _cut(source: Source, out: Path, options: ShardOptions, samples_per_shard: in
     if seed is not None:
         order = np.random.Generator(np.random.Philox(seed)).permutation(len(source))
     starts = range(0, len(source), samples_per_shard)
-    width, digits = max(5, len(str(len(starts) - 1))), max(4, len(str(samples_per_shard - 1)))
+    width, digits = key_widths(len(starts), samples_per_shard)
     return [
         ShardPart(
             f"{number:0{width}d}",
@@ -141,25 +201,11 @@ def _cut(source: Source, out: Path, options: ShardOptions, samples_per_shard: in
     ]
 
 
-def _write_parts(
-    parts: list[ShardPart], out: Path, workers: int, total: int, progress: Progress | None
-) -> tuple[list[dict[str, Any]], int]:
-    """Stats of all parts in order, and how many were there already."""
-    stats = {part.name: found for part in parts if (found := finished_stats(out, part.name))}
-    kept = len(stats)
-    todo = [part for part in parts if part.name not in stats]
-    done = sum(len(part.records) for part in parts if part.name in stats)
-    if progress:
-        progress(done, total)
-    for position, written in map_parts(write_shard, todo, workers):
-        stats[todo[position].name] = written
-        done += written["num_records"]
-        if progress:
-            progress(done, total)
-    return [stats[part.name] for part in parts], kept
-
-
 def _write_failures(stats: list[dict[str, Any]], out: Path) -> None:
+    """All failures in one file, where the shards list theirs in full."""
+    if any(sum(shard["causes"].values()) > len(shard["failures"]) for shard in stats):
+        (out / FAILURES).unlink(missing_ok=True)
+        return
     with atomic_file(out / FAILURES) as file:
         for shard in stats:
             for failure in shard["failures"]:
@@ -179,5 +225,7 @@ def _report(out: Path, stats: list[dict[str, Any]], kept: int) -> BuildReport:
         sums.update({name: value for name, value in shard.items() if isinstance(value, int)})
         for failure in shard["failures"]:
             failures.add(failure["cause"], failure["key"])
+            shard["causes"][failure["cause"]] -= 1
+        failures.counts.update(shard["causes"])  # of those that the table alone lists
     names = ("num_records", "num_samples", "num_captions", "num_labelled", "num_reencoded", "image_bytes", "tar_bytes")
     return BuildReport(out, len(stats), kept, **{name: sums[name] for name in names}, failures=failures)

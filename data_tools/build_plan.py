@@ -9,15 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_tools.write_shard import stats_path
+from data_tools.write_shard import rows_path
 from vlkit.data.atomic import TEMPORARY, atomic_file
 from vlkit.data.records import ImageRef, Source
-from vlkit.data.shard_paths import BUILD_FORMAT, BUILD_PLAN, read_build_plan
+from vlkit.data.shard_paths import BUILD_FORMAT, BUILD_PLAN, read_build_plan, stats_path
 from vlkit.data.shard_sidecar import sidecar_path
 from vlkit.errors import DataError
 
+PLAN = BUILD_PLAN
+
 # Files of ours that a killed build was writing.
-_NAMES = r"\d+\.(tar|index\.arrow|stats\.json)|build\.json|failures\.jsonl|classnames\.txt"
+_NAMES = (
+    r"\d+\.(tar|index\.arrow|parquet|images|stats\.json)|\.urls\.parquet|build\.json|failures\.jsonl|classnames\.txt"
+)
 _LEFT_OVER = re.compile(rf"({_NAMES})\.\d+{re.escape(TEMPORARY)}")
 
 
@@ -26,7 +30,8 @@ def source_fingerprint(source: Source) -> str:
     hashed = hashlib.sha256(json.dumps(source.class_names).encode())
     for record in source.records:
         image = _image_identity(record.image, source.root)
-        line = json.dumps([record.key, image, record.captions, record.label, record.split])
+        more = [] if record.labels is None else [record.labels]
+        line = json.dumps([record.key, image, record.captions, record.label, record.split, *more])
         hashed.update(line.encode() + b"\n")
     return hashed.hexdigest()[:32]
 
@@ -38,7 +43,7 @@ def _image_identity(image: ImageRef, root: Path) -> list[Any]:
     path = image.path
     if path.startswith(f"{root}{os.sep}"):
         path = path[len(f"{root}{os.sep}") :]
-    return [path, image.offset, image.size]
+    return [path, image.offset, image.size, *([] if image.column is None else [image.column])]
 
 
 @contextmanager
@@ -81,7 +86,7 @@ def settle_plan(folder: Path, plan: dict[str, Any]) -> None:
     elif any(folder.glob("*.tar")):
         raise DataError(f"{folder} holds tars that no `vlkit shards build` made. Name an empty or new folder as --out.")
     else:
-        with atomic_file(folder / BUILD_PLAN) as file:
+        with atomic_file(folder / PLAN) as file:
             file.write(json.dumps({"format": BUILD_FORMAT, **plan}, indent=1).encode())
     for entry in list(folder.iterdir()):
         if _LEFT_OVER.fullmatch(entry.name):
@@ -93,7 +98,8 @@ def finished_stats(folder: Path, name: str) -> dict[str, Any] | None:
     tar = folder / f"{name}.tar"
     try:
         stats: dict[str, Any] = json.loads(stats_path(folder, name).read_text())
-        whole = tar.stat().st_size == stats["tar_bytes"] and sidecar_path(tar).is_file()
+        beside = sidecar_path(tar).is_file() and rows_path(folder, name).is_file()
+        whole = beside and tar.stat().st_size == stats["tar_bytes"]
     except (OSError, ValueError, KeyError):
         return None
     return stats if whole else None

@@ -1,4 +1,4 @@
-"""One shard, from records to a tar, its index and the stats file that marks it as finished.
+"""One shard, from records to a tar, its index, a table of its rows and the stats file that marks it as finished.
 
 The bytes depend on the records and the options alone: no times, owners or machine in them.
 """
@@ -6,17 +6,21 @@ The bytes depend on the records and the options alone: no times, owners or machi
 import errno
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from webdataset.writer import TarWriter
 
 from data_tools.encode_image import StoredImage, store_image
 from vlkit.data.atomic import atomic_file
 from vlkit.data.decode import BrokenImageError
 from vlkit.data.records import Record
+from vlkit.data.shard_paths import stats_path as stats_path
 from vlkit.data.shard_sidecar import build_table, sidecar_path, write_table
 from vlkit.errors import DataError
 
@@ -36,14 +40,27 @@ class ShardOptions:
     class_names: tuple[str, ...]
 
 
-class ShardPart(NamedTuple):
+class Missing(NamedTuple):
+    """A row whose image was lost before it came here."""
+
+    key: str
+    cause: str  # one of a few, so that causes can be counted
+    message: str
+    captions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ShardPart:
     """One unit of work."""
 
     name: str  # "00000"
     key_digits: int  # of a sample's number within the shard
-    records: Sequence[Record]
+    records: Sequence[Record | Missing]
     folder: Path
     options: ShardOptions
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # more about each row, for the table
+    columns_in_json: tuple[str, ...] = ()  # of these, what each sample carries as well
+    failures_listed: int | None = None  # in the stats, where dead links may be millions; None lists all
 
 
 class Sample(NamedTuple):
@@ -52,10 +69,11 @@ class Sample(NamedTuple):
     image: StoredImage
     captions: list[str]
     record: Record
+    sha256: str  # of the image as it came
 
 
 def write_shard(part: ShardPart) -> dict[str, Any]:
-    """Write `NAME.tar`, `NAME.index.arrow` and last `NAME.stats.json`, each whole or not at all.
+    """Write `NAME.tar`, `NAME.index.arrow`, `NAME.parquet` and last `NAME.stats.json`, each whole or not at all.
 
     Returns:
         The stats: counts, bytes, hashes, and every record left out with its cause.
@@ -65,12 +83,13 @@ def write_shard(part: ShardPart) -> dict[str, Any]:
     """
     tar_path = part.folder / f"{part.name}.tar"
     try:
-        stats, captions = _write_tar(part, tar_path)
+        stats, captions, rows = _write_tar(part, tar_path)
         tokens = {name: _token_ids(tokenize, captions) for name, tokenize in part.options.tokenizers.items()}
         table = build_table(tar_path, tokens)
         assert table.num_rows == stats["num_samples"], (tar_path, table.num_rows, stats["num_samples"])
         write_table(table, sidecar_path(tar_path))
         stats["index_sha256"] = hashlib.sha256(sidecar_path(tar_path).read_bytes()).hexdigest()
+        _write_rows(rows, part)
         with atomic_file(stats_path(part.folder, part.name)) as file:
             file.write(json.dumps(stats, indent=1).encode())
     except OSError as error:
@@ -78,13 +97,43 @@ def write_shard(part: ShardPart) -> dict[str, Any]:
     return stats
 
 
-def stats_path(folder: Path, name: str) -> Path:
-    """Where the stats of a shard lie."""
-    return folder / f"{name}.stats.json"
+def rows_path(folder: Path, name: str) -> Path:
+    """The table of all rows of shard `name`, those left out and why included."""
+    return folder / f"{name}.parquet"
 
 
-def _write_tar(part: ShardPart, tar_path: Path) -> tuple[dict[str, Any], list[list[str]]]:
+# Names and order as in img2dataset's tables, as far as both have them.
+_ROW_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),  # in the tar
+        ("source_key", pa.string()),
+        ("caption", pa.string()),  # all of them, one a line
+        ("status", pa.string()),  # success or failed
+        ("error", pa.string()),  # the cause, one of a few
+        ("error_message", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("original_width", pa.int32()),
+        ("original_height", pa.int32()),
+        ("sha256", pa.string()),  # of the image as it came
+        ("label", pa.int32()),
+        ("split", pa.string()),
+    ]
+)
+
+
+def _write_rows(rows: list[dict[str, Any]], part: ShardPart) -> None:
+    table = pa.Table.from_pylist(rows, _ROW_SCHEMA)
+    for name, values in part.columns.items():
+        table = table.append_column(name, pa.array(values))
+    with atomic_file(rows_path(part.folder, part.name)) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def _write_tar(part: ShardPart, tar_path: Path) -> tuple[dict[str, Any], list[list[str]], list[dict[str, Any]]]:
+    """Stats, the captions of each sample written, and what the table says of each row."""
     failures: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     captions: list[list[str]] = []
     counts = dict.fromkeys(("num_captions", "num_labelled", "num_reencoded", "image_bytes"), 0)
     with atomic_file(tar_path) as file:
@@ -92,15 +141,19 @@ def _write_tar(part: ShardPart, tar_path: Path) -> tuple[dict[str, Any], list[li
         with TarWriter(hashing, user="", group="", mode=0o644, encoder=False, mtime=0) as writer:
             for row, record in enumerate(part.records):
                 key = f"{part.name}{row:0{part.key_digits}d}"
+                rows.append(_row_of(key, record))
                 try:
                     sample = _prepare(record, part.options)
                 except _LeftOutError as reason:
                     failures.append({"key": record.key, "row": row, "cause": reason.cause, "message": str(reason)})
+                    rows[-1] |= {"status": "failed", "error": reason.cause, "error_message": str(reason)}
                     continue
-                writer.write({"__key__": key, **_members(sample, part.options.class_names)})
+                rows[-1] |= _row_of_sample(sample)
+                more = {name: part.columns[name][row] for name in part.columns_in_json}
+                writer.write({"__key__": key, **_members(sample, part.options.class_names, more)})
                 captions.append(sample.captions)
                 counts["num_captions"] += len(sample.captions)
-                counts["num_labelled"] += record.label is not None
+                counts["num_labelled"] += sample.record.label is not None
                 counts["num_reencoded"] += sample.image.reencoded
                 counts["image_bytes"] += len(sample.image.data)
     stats = {
@@ -110,9 +163,28 @@ def _write_tar(part: ShardPart, tar_path: Path) -> tuple[dict[str, Any], list[li
         **counts,
         "tar_bytes": hashing.size,
         "tar_sha256": hashing.sha256.hexdigest(),
-        "failures": failures,
+        "causes": dict(Counter(failure["cause"] for failure in failures).most_common()),
+        "failures": failures[: part.failures_listed],
     }
-    return stats, captions
+    return stats, captions, rows
+
+
+def _row_of(key: str, record: Record | Missing) -> dict[str, Any]:
+    row = {"key": key, "source_key": record.key, "caption": "\n".join(fold_captions(record.captions)) or None}
+    return row if isinstance(record, Missing) else {**row, "label": record.label, "split": record.split}
+
+
+def _row_of_sample(sample: Sample) -> dict[str, Any]:
+    image = sample.image
+    return {
+        "caption": "\n".join(sample.captions),
+        "status": "success",
+        "width": image.width,
+        "height": image.height,
+        "original_width": image.original_width,
+        "original_height": image.original_height,
+        "sha256": sample.sha256,
+    }
 
 
 class _LeftOutError(Exception):
@@ -123,19 +195,22 @@ class _LeftOutError(Exception):
         self.cause = cause
 
 
-def _prepare(record: Record, options: ShardOptions) -> Sample:
+def _prepare(record: Record | Missing, options: ShardOptions) -> Sample:
+    if isinstance(record, Missing):
+        raise _LeftOutError(record.cause, record.message)
     captions = fold_captions(record.captions)
     if not captions and record.label is not None and record.label < len(options.class_names):
         captions = fold_captions([options.class_names[record.label].replace("_", " ")])
     if not captions:
         raise _LeftOutError("no caption", f"{record.key} has no caption, and no class whose name could stand for one.")
     try:
-        image = store_image(record.image.read(), record.key, options.max_side, options.quality)
+        data = record.image.read()
+        image = store_image(data, record.key, options.max_side, options.quality)
     except BrokenImageError as error:
         raise _LeftOutError(error.cause, str(error)) from error
     except DataError as error:
         raise _LeftOutError("unreadable file", str(error)) from error
-    return Sample(image, captions, record)
+    return Sample(image, captions, record, hashlib.sha256(data).hexdigest())
 
 
 def fold_captions(captions: Sequence[str]) -> list[str]:
@@ -144,7 +219,7 @@ def fold_captions(captions: Sequence[str]) -> list[str]:
     return [caption for caption in folded if caption]
 
 
-def _members(sample: Sample, class_names: Sequence[str]) -> dict[str, bytes]:
+def _members(sample: Sample, class_names: Sequence[str], more: Mapping[str, Any]) -> dict[str, bytes]:
     record, image = sample.record, sample.image
     about = {
         "key": record.key,
@@ -156,6 +231,8 @@ def _members(sample: Sample, class_names: Sequence[str]) -> dict[str, bytes]:
         "height": image.height,
         "original_width": image.original_width,
         "original_height": image.original_height,
+        **({} if record.labels is None else {"labels": list(record.labels)}),
+        **more,
     }
     members = {
         image.extension: image.data,

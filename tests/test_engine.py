@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import vlkit
 from vlkit.engine import map_parts
-from vlkit.errors import DataError, VlkitError
+from vlkit.errors import ConfigError, DataError, VlkitError
 
 FUNCTIONS = """
 import os, signal, sys, time
@@ -70,8 +71,6 @@ def test_a_worker_that_dies_is_told(parts):
 
 
 def test_workers_end_with_a_killed_parent(parts, tmp_path):
-    import vlkit
-
     (tmp_path / "parent.py").write_text(PARENT)
     (tmp_path / "pids").mkdir()
     root = Path(vlkit.__file__).parents[1]
@@ -94,3 +93,32 @@ def _alive(pid):
         return False
     status = Path(f"/proc/{pid}/stat")
     return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def test_an_unknown_engine():
+    with pytest.raises(ConfigError, match=r"Unknown engine 'rai'. .*ray"):
+        list(map_parts(len, ["x"], 1, engine="rai"))
+
+
+def test_ray_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"pip install 'vlkit\[ray\]'"):
+        list(map_parts(len, ["x"], 1, engine="ray"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # Ray's own
+def test_on_a_local_ray(parts, tmp_path):
+    ray = pytest.importorskip("ray", reason="needs the extra `ray`")
+    places = os.pathsep.join([str(tmp_path), str(Path(vlkit.__file__).parents[1])])
+    environment = {"env_vars": {"PYTHONPATH": places}}
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, runtime_env=environment)
+    try:
+        assert sorted(map_parts(parts.square, range(20), 0, "ray")) == [(n, n * n) for n in range(20)]
+        assert list(map_parts(parts.square, [], 2, "ray")) == []
+        with pytest.raises(DataError, match="part 2 is broken"):
+            list(map_parts(parts.fail_on_two, range(50), 2, "ray"))
+        with pytest.raises(VlkitError, match=r"A worker of Ray was lost.*finished parts are kept"):
+            list(map_parts(parts.die_on_two, range(4), 2, "ray"))
+    finally:
+        ray.shutdown()

@@ -22,6 +22,7 @@ from vlkit.configs import shipped_runs
 from vlkit.errors import ConfigError, did_you_mean
 from vlkit.settings import (
     Count,
+    Device,
     Duration,
     Fraction,
     NotNegative,
@@ -51,7 +52,7 @@ class RunSettings(Settings):
     epochs: Positive | None = None
     steps: Count | None = None
     samples: Count | None = None
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    device: Device = "auto"  # auto: the first of cuda, mps, cpu
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

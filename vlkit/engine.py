@@ -1,4 +1,6 @@
-"""Work in parts on several processes. A part that is finished stays finished: writing it whole is the part's business.
+"""Work in parts on several processes, of this machine or of a Ray cluster.
+
+A part that is finished stays finished: writing it whole is the part's business.
 
 for position, result in map_parts(build_one, parts, workers=8):
     ...
@@ -12,12 +14,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait as wait_for_handles
-from typing import TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
-from vlkit.errors import VlkitError
+from vlkit.errors import ConfigError, VlkitError, did_you_mean
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
+Engine = Literal["local", "ray"]
 
 
 def default_workers() -> int:
@@ -25,20 +28,31 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def map_parts(function: Callable[[Part], Result], parts: Sequence[Part], workers: int) -> Iterator[tuple[int, Result]]:
+def map_parts(
+    function: Callable[[Part], Result], parts: Sequence[Part], workers: int, engine: str = "local"
+) -> Iterator[tuple[int, Result]]:
     """Apply `function` to every part.
 
     Args:
         function: importable by name (no lambda), as it is sent to fresh processes.
         parts: each is sent to the process that takes it.
-        workers: processes; up to 1 works in this one.
+        workers: processes; up to 1 works in this one. On Ray: parts at a time, 0 for as many as it has processors.
+        engine: "local", or "ray" (extra `ray`): the cluster of RAY_ADDRESS, else one that is started on this machine.
+            All its machines need vlkit and see the same files under the same paths.
 
     Yields:
         Position of a part and its result, in the order in which they finish.
 
     Raises:
-        VlkitError: a process died. What `function` raises is raised here, after the parts under way have ended.
+        ConfigError: unknown engine, or Ray is not installed.
+        VlkitError: a process died. What `function` raises is raised here, after the parts under way have ended (on
+            Ray they are cancelled).
     """
+    if engine not in get_args(Engine):
+        raise ConfigError(f"Unknown engine '{engine}'. {did_you_mean(engine, get_args(Engine))}")
+    if engine == "ray":
+        yield from _map_on_ray(function, parts, workers)
+        return
     if min(workers, len(parts)) <= 1:
         yield from ((position, function(part)) for position, part in enumerate(parts))
         return
@@ -62,6 +76,42 @@ def map_parts(function: Callable[[Part], Result], parts: Sequence[Part], workers
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _map_on_ray(
+    function: Callable[[Part], Result], parts: Sequence[Part], workers: int
+) -> Iterator[tuple[int, Result]]:
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("The engine `ray` needs the extra of that name: pip install 'vlkit[ray]'.") from error
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(log_to_driver=False, logging_level="error")
+    at_once = workers or int(ray.cluster_resources().get("CPU", 1))
+    # Ray repeats a part whose machine is lost, as parts are written whole or not at all; not one that raised.
+    task = ray.remote(max_retries=3)(function)
+    todo = iter(enumerate(parts))
+    running: dict[Any, int] = {}
+    try:
+        while True:
+            while len(running) < at_once and (following := next(todo, None)):
+                running[task.remote(following[1])] = following[0]
+            if not running:
+                return
+            for done in ray.wait(list(running), num_returns=1)[0]:
+                yield running.pop(done), ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, Exception) else error from None
+    except ray.exceptions.RayError as error:
+        raise VlkitError(
+            f"A worker of Ray was lost: {error}. Run the same command again; finished parts are kept."
+        ) from error
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+        if ours:
+            ray.shutdown()
 
 
 def _start_worker() -> None:

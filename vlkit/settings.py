@@ -97,9 +97,16 @@ def _workers(value: object) -> str | int:
     raise ValueError('expected "auto" or a number of processes from 0')
 
 
+def _device(value: object) -> str:
+    if isinstance(value, str) and re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        return value
+    raise ValueError('expected "auto", "cpu", "mps", "cuda" or e.g. "cuda:1"')
+
+
 # Functions, because pydantic reports a union of types as one problem for each of its members.
 Paths = Annotated[Any, PlainValidator(_paths)]
 Workers = Annotated[Any, PlainValidator(_workers)]
+Device = Annotated[str, PlainValidator(_device)]
 
 
 def apply_override(tree: dict[str, Any], override: str, exclusive: Sequence[Sequence[str]]) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import vlkit
-from vlkit.cli.info import PACKAGES, cache_folder, devices
+from vlkit.cli.info import PACKAGES, devices
+from vlkit.features.cache_folder import cache_folder
 
 
 def test_json_is_one_object_that_agrees_with_the_modules(call_vlkit: Callable[..., Any]) -> None:

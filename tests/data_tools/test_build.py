@@ -378,7 +378,7 @@ def test_no_space_left(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     names = {path.name for path in (tmp_path / "s").iterdir()}
-    assert names == {"build.json", "00000.tar", "00000.index.arrow", "00000.stats.json"}
+    assert names == {"build.json", "00000.tar", "00000.index.arrow", "00000.parquet", "00000.stats.json"}
     report = build_shards(source, tmp_path / "s", samples_per_shard=2)
     assert (report.num_shards_kept, report.num_samples) == (1, 4)
 

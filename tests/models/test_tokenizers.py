@@ -118,3 +118,8 @@ def make_word_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
     ).save_pretrained(folder)
+
+
+def test_a_vocabulary_can_be_sent_to_another_process() -> None:
+    vocabulary = get_tokenizer(CLIP_BPE)
+    assert pickle.loads(pickle.dumps(vocabulary.encode_ragged))(["a dog"]) == vocabulary.encode_ragged(["a dog"])

@@ -10,6 +10,7 @@ from typing import Any
 import vlkit
 from vlkit.cli.console import Json, print_json, print_table
 from vlkit.cli.own_eval import hiding_file, own_eval_file
+from vlkit.features.cache_folder import cache_folder
 
 # Those whose version decides results or speed; read from their metadata, because importing them takes seconds.
 PACKAGES = (
@@ -77,18 +78,6 @@ def devices() -> list[dict[str, Any]]:
     threads = torch.get_num_threads()
     found.append({"name": "cpu", "description": f"{platform.machine()}, {threads} threads", "memory_gib": None})
     return found
-
-
-def cache_folder() -> Path:
-    """Where vlkit keeps what it can make again: VLKIT_CACHE, or `vlkit` in the user's cache folder."""
-    chosen = os.environ.get("VLKIT_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "vlkit"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "vlkit"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlkit"
 
 
 def _weights_folder() -> str:

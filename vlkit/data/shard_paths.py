@@ -43,6 +43,11 @@ def expand_shards(spec: ShardSpec) -> list[Path]:
     return paths
 
 
+def stats_path(folder: Path, name: str) -> Path:
+    """Where `vlkit shards build` puts the stats of shard `name`, last of its files: what has stats is finished."""
+    return folder / f"{name}.stats.json"
+
+
 def read_build_plan(folder: Path) -> dict[str, Any] | None:
     """The plan of the `vlkit shards build` that wrote to a folder; None when none did."""
     try:

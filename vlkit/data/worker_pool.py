@@ -11,7 +11,6 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable
-from ctypes import c_uint8
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vlkit.data.shared_block import SharedBlock
 from vlkit.errors import DataError, VlkitError
 
 StartMethod = Literal["forkserver", "spawn", "fork"]
@@ -54,12 +54,12 @@ class WorkerPool:
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
             context.set_forkserver_preload(["vlkit.data.sample_reader"])
-        shared = context.RawArray(c_uint8, num_bytes)
-        self.memory = torch.frombuffer(shared, dtype=torch.uint8)
+        shared = SharedBlock(num_bytes)
+        self.memory = shared.tensor
         self._workers: list[_Worker] = []
         try:
             for number in range(num_workers):
-                self._workers.append(_start(context, number, job, shared))
+                self._workers.append(_start(context, number, job, shared, [one.pipe for one in self._workers]))
         except BaseException:
             self.close()
             raise
@@ -121,19 +121,24 @@ class WorkerPool:
         self._workers = []
 
 
-def _start(context: Any, number: int, job: Job, shared: Any) -> _Worker:
+def _start(context: Any, number: int, job: Job, shared: SharedBlock, others: list[Connection]) -> _Worker:
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(job, shared, theirs), name=f"vlkit-data-{number}", daemon=True)
+    # A forked worker inherits our ends of all pipes, and would never see them close when we are gone.
+    inherited = [*others, ours] if context.get_start_method() == "fork" else []
+    process = context.Process(
+        target=_work, args=(job, shared, theirs, inherited), name=f"vlkit-data-{number}", daemon=True
+    )
     process.start()
     theirs.close()  # so that the end of the worker is the end of the pipe
     return _Worker(number, process, ours)
 
 
-def _work(job: Job, shared: Any, pipe: Connection) -> None:
+def _work(job: Job, shared: SharedBlock, pipe: Connection, inherited: list[Connection]) -> None:
     """A worker's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     torch.set_num_threads(1)
-    memory = torch.frombuffer(shared, dtype=torch.uint8)
+    for end in inherited:
+        end.close()
     while True:
         try:
             task = pipe.recv()
@@ -142,7 +147,7 @@ def _work(job: Job, shared: Any, pipe: Connection) -> None:
         if task is None:
             return
         try:
-            answer: tuple[bool, Any] = (True, job(task, memory))
+            answer: tuple[bool, Any] = (True, job(task, shared.tensor))
         except VlkitError as error:
             answer = (False, error)
         except BaseException:

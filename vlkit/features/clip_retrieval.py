@@ -88,7 +88,8 @@ class StoredEmbeddings:
         missing = sorted(set(columns or ()) - set(common))
         if missing:
             raise DataError(
-                f"{self.folder}: the metadata have no column '{missing[0]}' (in all parts). They have: {', '.join(common)}."
+                f"{self.folder}: the metadata have no column '{missing[0]}' (in all parts). "
+                f"They have: {', '.join(common)}."
             )
         names = common if columns is None else list(columns)
         tables = [pq.read_table(file, columns=names).replace_schema_metadata() for file in self.metadata_files]

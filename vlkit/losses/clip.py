@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vlkit.contracts import Features, ImageTextBatch
-from vlkit.distributed import gather_rows, rank
+from vlkit.distributed import gather_rows, rank, world_size
 
 # Logits in one tile: 16 MiB of float32. Smaller tiles make the matrix products slower, larger ones leave the cache.
 TILE_SIZE = 1 << 22
@@ -78,14 +78,25 @@ class ClipLoss(nn.Module):
 
     def forward(self, features: Features, batch: ImageTextBatch, step: int) -> Tensor:
         """() the loss over all ranks, the same on each; gradients of parameters are to be averaged over ranks."""
-        images_per_rank = len(features.image)
+        own = features.text_to_image
+        if world_size() == 1:
+            return clip_loss(features.image, features.text, features.logit_scale, own, batch.valid)
+        counts = gather_rows(torch.tensor([len(own)], device=own.device)).tolist()
         return clip_loss(
             gather_rows(features.image),
-            gather_rows(features.text),
+            _gather_texts(features.text, counts),
             features.logit_scale,
-            gather_rows(features.text_to_image + rank() * images_per_rank),
+            _gather_texts(own + rank() * len(features.image), counts),
             gather_rows(batch.valid),
         )
+
+
+def _gather_texts(rows: Tensor, counts: list[int]) -> Tensor:
+    """`gather_rows` for as many rows on each rank as `counts` says, padded on the way."""
+    longest = max(counts)
+    padded = torch.cat([rows, rows.new_zeros((longest - len(rows), *rows.shape[1:]))])
+    gathered = gather_rows(padded).unflatten(0, (len(counts), longest))
+    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
 
 class _Weights(NamedTuple):
@@ -126,7 +137,7 @@ class _TiledClip(torch.autograd.Function):
 def _weights(image: Tensor, own: Tensor) -> _Weights:
     num_texts = torch.zeros(len(image), dtype=image.dtype, device=image.device)
     num_texts.scatter_add_(0, own, torch.ones_like(own, dtype=image.dtype))
-    described = num_texts > 0  # an image without a text is only a negative
+    described = (num_texts > 0).to(image.dtype)  # an image without a text is only a negative
     per_text = torch.full((len(own),), 0.5 / len(own), dtype=image.dtype, device=image.device)
     per_image = 0.5 * described / described.sum()
     return _Weights(per_text, per_image, per_text + (per_image / num_texts.clamp(min=1))[own])

@@ -1,7 +1,7 @@
 """The objective of a run: a weighted sum of loss terms, each a function of the features of a batch.
 
-    objective = Objective({"clip": (1.0, ClipLoss())}, gives=encoder.gives)
-    output = objective(encoder(batch), batch, step)     # output.total, output.parts["clip"]
+objective = Objective({"clip": (1.0, ClipLoss())}, gives=encoder.gives)
+output = objective(encoder(batch), batch, step)     # output.total, output.parts["clip"]
 """
 
 from collections.abc import Callable, Mapping

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlkit.contracts import Progress
@@ -36,6 +37,7 @@ class EmbeddedChunk(NamedTuple):
     rows: list[int]  # (b,) positions of the readable ones in the input
     embeddings: Tensor  # (b,D) float32 unit norm, on the CPU
     failures: list[tuple[int, str]]  # position in the input, what is wrong
+    norms: Tensor  # (b,) length of each embedding before it was brought to unit norm
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,7 @@ class Embedder:
         Raises:
             DataError: `texts` is a single string or holds something else than strings.
         """
-        if isinstance(texts, str):
-            raise DataError(f"embed_texts takes a list of texts, got the one string {texts!r}. Write [{texts!r}].")
-        for position, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise DataError(f"Text {position} is a {type(text).__name__}; expected a string.")
+        check_texts(texts)
         distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         tokenize = self.encoder.tokenize
         rows = tokenize.encode_ragged(list(distinct))
@@ -133,15 +131,17 @@ class Embedder:
         threads = min(os.cpu_count() or 1, _MOST_WORKERS) if workers is None else workers
         done = 0
         for chunk in iterate_images(images, self.encoder.preprocess, batch_size=batch_size, workers=threads):
-            embeddings = torch.empty(0, self.embed_dim)
+            raw = torch.empty(0, self.embed_dim)
             if chunk.rows:
                 # Not around the whole loop: a generator that waits would leave the mode on for its caller.
                 with torch.inference_mode():
-                    embeddings = self.encoder.encode_image(chunk.images.to(self.device)).float().cpu()
+                    raw = self.encoder.encode_image(chunk.images.to(self.device), normalize=False).float().cpu()
             done += len(chunk.rows) + len(chunk.failures)
             if progress:
                 progress(done, len(images))
-            yield EmbeddedChunk(chunk.rows, embeddings, chunk.failures)
+            with torch.inference_mode():
+                unit, norms = F.normalize(raw, dim=-1), raw.norm(dim=-1)
+            yield EmbeddedChunk(chunk.rows, unit, chunk.failures, norms)
 
     @property
     def device(self) -> torch.device:
@@ -173,10 +173,28 @@ class Embedder:
     def identity(self) -> str:
         """Hash of weights, preprocessing and tokenizer: equal for equal embeddings, whatever the name."""
         record = self.encoder.record()
+        deciding = {key: record.get(key) for key in ("model_cfg", "preprocess_cfg", "tokenizer")}
+        deciding["weights"] = self.weights_hash
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """Hash of the weights alone: their names, types, shapes and bytes."""
         digest = hashlib.sha256()
-        for key in ("model_cfg", "preprocess_cfg", "tokenizer"):
-            digest.update(json.dumps(record.get(key), sort_keys=True).encode())
         for name, tensor in sorted(self.encoder.weights().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuse what only looks like a list of texts.
+
+    Raises:
+        DataError: a single string, or something else than strings among them.
+    """
+    if isinstance(texts, str):
+        raise DataError(f"embed_texts takes a list of texts, got the one string {texts!r}. Write [{texts!r}].")
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"Text {position} is a {type(text).__name__}; expected a string.")

@@ -138,6 +138,10 @@ class ClipBpe(Vocabulary):
         self._lower_only = options.get("clean", "lower") == "lower"
         self._words: dict[str, tuple[int, ...]] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By name: a worker process looks it up for itself, and so many tasks share one there.
+        return get_tokenizer, (self.tokenizer_id,)
+
     def encode_ragged(self, texts: Sequence[str], context_length: int | None = None) -> list[list[int]]:
         """Token ids of each text, `<start_of_text>` and `<end_of_text>` included."""
         start, end = self._bpe.sot_token_id, self._bpe.eot_token_id

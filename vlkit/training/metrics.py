@@ -1,8 +1,8 @@
 """What a run writes down: one line of JSON a step in metrics.jsonl, and the curves in loss.png.
 
-    {"step": 12, "samples": 3072, "epoch": 0.5, "seconds": 4.1, "loss": 5.2, "parts": {"clip": 5.2}, "lr": 0.001,
-     "grad_norm": 1.9, "logit_scale": 14.3, "samples_per_second": 750.1, "data_wait": 0.02,
-     "eval": {"image_to_text/recall@1": 0.01, ...}}                  # "eval" only after steps that were evaluated
+{"step": 12, "samples": 3072, "epoch": 0.5, "seconds": 4.1, "loss": 5.2, "parts": {"clip": 5.2}, "lr": 0.001,
+ "grad_norm": 1.9, "logit_scale": 14.3, "samples_per_second": 750.1, "data_wait": 0.02,
+ "eval": {"image_to_text/recall@1": 0.01, ...}}                  # "eval" only after steps that were evaluated
 """
 
 import json

@@ -50,9 +50,7 @@ def make_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Ad
     )
 
 
-def learning_rate(
-    step: int, *, steps: int, warmup: int, peak: float, end: float = 0.0, kind: str = "cosine"
-) -> float:
+def learning_rate(step: int, *, steps: int, warmup: int, peak: float, end: float = 0.0, kind: str = "cosine") -> float:
     """The learning rate of one step.
 
     It rises linearly over the first `warmup` steps, from peak/warmup in step 0 to `peak` in step warmup - 1;

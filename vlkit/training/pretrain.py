@@ -1,17 +1,17 @@
 """Pretraining from a run file: the run folder it fills, and how it continues one.
 
-    run = load_run("run.toml")
-    pretrain(run, every=[Every(Duration(1, "epochs"), my_evaluation)])       # OUT/model: load_embedder("run:OUT")
+run = load_run("run.toml")
+pretrain(run, every=[Every(Duration(1, "epochs"), my_evaluation)])       # OUT/model: load_embedder("run:OUT")
 
-    OUT/config.json     every setting            OUT/checkpoints/step_*/   see checkpoint.py
-    OUT/metrics.jsonl   one line a step          OUT/model/                the trained encoder
-    OUT/loss.png        loss and evaluations     OUT/nonfinite.json        only when the loss stopped being a number
+OUT/config.json     every setting            OUT/checkpoints/step_*/   see checkpoint.py
+OUT/metrics.jsonl   one line a step          OUT/model/                the trained encoder
+OUT/loss.png        loss and evaluations     OUT/nonfinite.json        only when the loss stopped being a number
 """
 
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -25,7 +25,6 @@ from vlkit.data.randomness import raw
 from vlkit.data.shard_index import ShardSet
 from vlkit.distributed import is_main, rank, world_size
 from vlkit.losses import LossOutput
-from vlkit.models.saved import write_json
 from vlkit.settings import Duration
 from vlkit.training import assemble
 from vlkit.training.loop import Action, Every, Moment, NonFiniteError, fit
@@ -99,39 +98,37 @@ def _pretrain(
     for note in shards.notes:
         say(note)
     learner = assemble.build_learner(run, device)
-    with assemble.build_loader(run, shards, learner.encoder) as loader:
+    with ExitStack() as stack:
+        loader = stack.enter_context(assemble.build_loader(run, shards, learner.encoder))
         course = assemble.plan_course(run, loader.num_batches)
         same = identity(run, learner.encoder, shards)
         start = continue_run(run, learner, same, say) if resume else Start(0, 0.0)
-        folder = RunFolder(run, learner, same, start, say) if is_main() else None
+        batches = stack.enter_context(closing(assemble.batches_from(loader, start.step)))
+        folder = stack.enter_context(closing(RunFolder(run, learner, same, start, say))) if is_main() else None
         try:
-            with closing(assemble.batches_from(loader, start.step)) as batches:
-                done = fit(
-                    _make_step(run, learner.module),
-                    batches,
-                    learner.optimizer,
-                    steps=course.steps,
-                    schedule=course.schedule,
-                    pace=course.pace,
-                    encoder=learner.encoder,
-                    every=_entries(run, every, progress, folder),
-                    start=start.step,
-                    seconds=start.seconds,
-                    clip_norm=run.optim.clip_norm,
-                    watch=lambda: {"logit_scale": learner.encoder.logit_scale()},
-                    stop=stop,
-                )
+            done = fit(
+                _make_step(run, learner.module),
+                batches,
+                learner.optimizer,
+                steps=course.steps,
+                schedule=course.schedule,
+                pace=course.pace,
+                encoder=learner.encoder,
+                every=_entries(run, every, progress, folder),
+                start=start.step,
+                seconds=start.seconds,
+                clip_norm=run.optim.clip_norm,
+                watch=lambda: {"logit_scale": learner.encoder.logit_scale()},
+                stop=stop,
+            )
         except NonFiniteError as error:
             if folder is not None:
-                write_json(folder.path / "nonfinite.json", error.record)
-                say(f"The whole batch is named in {folder.path / 'nonfinite.json'}.")
+                say(f"The whole batch is named in {folder.write_nonfinite(error.record)}.")
             raise
         _report_losses(loader, say)
-    if folder is not None:
-        folder.close()
         if done < course.steps:
             say(f"Stopped after step {done} of {course.steps}, with a checkpoint. --resume continues.")
-        else:
+        elif folder is not None:
             folder.finish()
 
 

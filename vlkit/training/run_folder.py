@@ -9,7 +9,7 @@ from vlkit.config import RunConfig
 from vlkit.data.shard_index import ShardSet
 from vlkit.errors import CheckpointError, did_you_mean
 from vlkit.models.dual_encoder import DualEncoder
-from vlkit.models.saved import read_json, save_encoder
+from vlkit.models.saved import read_json, save_encoder, write_json
 from vlkit.training import checkpoint
 from vlkit.training.assemble import Learner
 from vlkit.training.loop import Moment
@@ -146,6 +146,12 @@ class RunFolder:
     def plot(self, moment: Moment) -> None:
         """Draw loss.png."""
         plot_curves(self.log.path, self.path / "loss.png")
+
+    def write_nonfinite(self, record: dict[str, Any]) -> Path:
+        """Keep what is known of a step whose loss was no number."""
+        path = self.path / "nonfinite.json"
+        write_json(path, record)
+        return path
 
     def finish(self) -> None:
         """Save the trained encoder as `model/`."""
