@@ -25,6 +25,7 @@ class Finding(NamedTuple):
     num_decoded: int
     num_captions: NDArray[np.int64]  # (samples of the chunk,)
     problems: list[tuple[str, str]]  # cause, shard/key
+    broken: dict[int, str]  # row of a sample with a problem -> its first cause
 
 
 def check_chunk(chunk: Chunk) -> Finding:
@@ -33,8 +34,9 @@ def check_chunk(chunk: Chunk) -> Finding:
     # With the first chunk of a shard, so that the sums are computed in the workers too.
     problems = _check_sum(path) if chunk.start == 0 else []
     num_decoded, num_captions = 0, np.zeros(chunk.stop - chunk.start, np.int64)
+    broken: dict[int, str] = {}
     for position, row in enumerate(range(chunk.start, chunk.stop)):
-        where = sample_name(path, columns.key(row))
+        where, before = sample_name(path, columns.key(row)), len(problems)
         try:
             decode_image(columns.read(*columns.place("image", row)), where=where, min_size=_DECODE_SIDE)
             num_decoded += 1
@@ -42,12 +44,14 @@ def check_chunk(chunk: Chunk) -> Finding:
             problems.append((f"image that does not decode: {error.cause}", where))
         except DataError as error:
             problems.append(("sample that cannot be read", f"{where} ({error})"))
-        num_captions[position], found = _read_texts(columns, row)
+        num_captions[position], found = read_texts(columns, row)
         problems += [(cause, where) for cause in found]
-    return Finding(num_decoded, num_captions, problems)
+        if len(problems) > before:
+            broken[row] = problems[before][0]
+    return Finding(num_decoded, num_captions, problems, broken)
 
 
-def _read_texts(columns: Columns, row: int) -> tuple[int, list[str]]:
+def read_texts(columns: Columns, row: int) -> tuple[int, list[str]]:
     """The number of captions of a sample, and what is wrong with its caption, JSON and label."""
     text, data, label = (_content(columns, role, row) for role in ("caption", "json", "cls"))
     causes = []

@@ -98,13 +98,13 @@ def _part(
 ) -> _Part:
     """A run of pairs with the images it needs, each once."""
     rows = slice(start, start + _PAIRS_IN_A_PART)
-    sides = []
+    sides: list[NDArray[np.int64]] = []
     images: list[ImageRef] = []
     for numbers, image in ((shortlist.first[rows], first_image), (shortlist.second[rows], second_image)):
         distinct, place = np.unique(numbers, return_inverse=True)
         sides.append(place + len(images))
         images += [image(number) for number in distinct.tolist()]
-    return _Part(images, *sides, shortlist.window[rows], min_correlation)
+    return _Part(images, sides[0], sides[1], shortlist.window[rows], min_correlation)
 
 
 def _look(part: _Part) -> Confirmed:

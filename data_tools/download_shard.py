@@ -21,7 +21,7 @@ from data_tools.write_shard import Missing, ShardOptions, ShardPart, fold_captio
 from vlkit.data.atomic import TEMPORARY
 from vlkit.data.records import ImageRef, Record
 
-_EXAMPLES = 5  # failures a shard's stats name; its table has them all
+_EXAMPLES = 5  # failures of each cause that a shard's stats name; its table has them all
 _RESOLVERS = 32  # threads that look up names: a name server that does not answer holds one for seconds
 
 

@@ -78,7 +78,8 @@ def _cosines(low: float, high: float) -> Tensor:
     inside = ((place >= low) & (place <= high)).double()
     angle = math.pi * (place - low) / (high - low)
     waves = torch.stack([torch.cos(k * angle) * inside for k in range(_MAX_FREQUENCY)])
-    return (waves.unflatten(1, (THUMBNAIL, fine)).sum(2) / inside.sum()).float()
+    cells: Tensor = waves.unflatten(1, (THUMBNAIL, fine)).sum(2) / inside.sum()
+    return cells.float()
 
 
 @lru_cache(maxsize=1)

@@ -80,9 +80,10 @@ def signatures_of_records(records: Sequence[Record]) -> Signatures:
 
 
 def normal_caption(text: str) -> str:
-    """A caption without case, punctuation, accents of form (NFKC) and spacing: what is left when it is retold."""
+    """A caption without case, punctuation, compatibility forms (NFKC) and extra spaces."""
     kept = (
-        char if unicodedata.category(char)[0] in "LNM" else " " for char in unicodedata.normalize("NFKC", text.casefold())
+        char if unicodedata.category(char)[0] in "LNM" else " "
+        for char in unicodedata.normalize("NFKC", text.casefold())
     )
     return " ".join("".join(kept).split())
 

@@ -45,6 +45,8 @@ class ValidationReport:
     num_decoded: int
     problems: Problems = field(default_factory=lambda: Problems(_EXAMPLES))
     notes: Problems = field(default_factory=lambda: Problems(_EXAMPLES))
+    # Every tar that opens, with the digest of its index and its samples with problems (row -> cause): for `fix_shards`.
+    shards: dict[Path, tuple[str, dict[int, str]]] = field(default_factory=dict, repr=False)
 
     @property
     def ok(self) -> bool:
@@ -102,10 +104,11 @@ def validate_shards(spec: ShardSpec, *, progress: Progress | None = None, worker
     _check_repeated(shards, problems)
     chunks = cut_chunks((shard.path, shard.num_samples) for shard in shards)
     num_captions: dict[str, list[NDArray[np.int64]]] = {str(shard.path): [] for shard in shards}
-    num_decoded = 0
+    num_decoded, broken = 0, {str(shard.path): dict[int, str]() for shard in shards}
     for chunk, finding in zip(chunks, map_chunks(check_chunk, chunks, workers, progress), strict=True):
         num_decoded += finding.num_decoded
         num_captions[chunk.tar].append(finding.num_captions)
+        broken[chunk.tar].update(finding.broken)
         for cause, where in finding.problems:
             problems.add(cause, where)
     captions = {path: np.concatenate(counts or [np.zeros(0, np.int64)]) for path, counts in num_captions.items()}
@@ -118,6 +121,7 @@ def validate_shards(spec: ShardSpec, *, progress: Progress | None = None, worker
         num_decoded=num_decoded,
         problems=problems,
         notes=notes,
+        shards={shard.path: (shard.digest, broken[str(shard.path)]) for shard in shards},
     )
 
 

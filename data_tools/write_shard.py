@@ -60,7 +60,7 @@ class ShardPart:
     options: ShardOptions
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # more about each row, for the table
     columns_in_json: tuple[str, ...] = ()  # of these, what each sample carries as well
-    failures_listed: int | None = None  # in the stats, where dead links may be millions; None lists all
+    failures_listed: int | None = None  # of each cause in the stats: dead links may be millions; None lists all
 
 
 class Sample(NamedTuple):
@@ -164,9 +164,19 @@ def _write_tar(part: ShardPart, tar_path: Path) -> tuple[dict[str, Any], list[li
         "tar_bytes": hashing.size,
         "tar_sha256": hashing.sha256.hexdigest(),
         "causes": dict(Counter(failure["cause"] for failure in failures).most_common()),
-        "failures": failures[: part.failures_listed],
+        "failures": _first_of_each_cause(failures, part.failures_listed),
     }
     return stats, captions, rows
+
+
+def _first_of_each_cause(failures: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
+    seen: Counter[str] = Counter()
+    listed = []
+    for failure in failures:
+        seen[failure["cause"]] += 1
+        if limit is None or seen[failure["cause"]] <= limit:
+            listed.append(failure)
+    return listed
 
 
 def _row_of(key: str, record: Record | Missing) -> dict[str, Any]:
@@ -199,8 +209,10 @@ def _prepare(record: Record | Missing, options: ShardOptions) -> Sample:
     if isinstance(record, Missing):
         raise _LeftOutError(record.cause, record.message)
     captions = fold_captions(record.captions)
-    if not captions and record.label is not None and record.label < len(options.class_names):
-        captions = fold_captions([options.class_names[record.label].replace("_", " ")])
+    if not captions:
+        labels = record.labels or (() if record.label is None else (record.label,))
+        names = [options.class_names[label] for label in labels if label < len(options.class_names)]
+        captions = fold_captions([name.replace("_", " ") for name in names])
     if not captions:
         raise _LeftOutError("no caption", f"{record.key} has no caption, and no class whose name could stand for one.")
     try:

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("vlkit", "data_tools", "eval")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # A module imports only from those before it. `classify` is the work behind the command of that name.
 ORDER = (
@@ -112,6 +113,12 @@ def method_rows(folder: Path) -> list[str]:
     return []
 
 
+def requirements(*extras: str) -> set[str]:
+    """Names of the distributions that pyproject.toml asks for, with some extras."""
+    lists = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in extras)]
+    return {_normal(re.split(r"[^\w.-]", requirement)[0]) for listed in lists for requirement in listed}
+
+
 def project_files() -> Iterator[Path]:
     """Files that git would carry: no hidden folders but .ci, no build products."""
     for path in sorted(ROOT.rglob("*")):
@@ -181,9 +188,7 @@ def test_every_method_has_a_row_and_a_test() -> None:
 
 
 def test_everything_imported_is_declared() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    required = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
-    declared = {_normal(re.split(r"[^\w.-]", requirement)[0]) for requirement in required}
+    declared = requirements(*PROJECT["optional-dependencies"])
     offered_by = packages_distributions()
     faults = []
     for path in sources():
@@ -194,6 +199,13 @@ def test_everything_imported_is_declared() -> None:
             if not declared & {_normal(name) for name in offered_by.get(top, [top])}:
                 faults.append(f"{path.relative_to(ROOT)}:{line} imports {top}, which pyproject.toml does not declare")
     assert faults == []
+
+
+def test_everything_installed_by_make_env_is_pinned() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {_normal(line.partition("==")[0]) for line in lines if not line.startswith("#")}
+    assert requirements("dev", "heif", "ray") - {"vlkit"} <= pinned
+    assert [line for line in lines if "://" in line or (line[0] != "#" and "==" not in line)] == []
 
 
 def test_no_file_names_a_machine_or_a_registry() -> None:

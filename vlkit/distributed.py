@@ -1,11 +1,16 @@
-"""Rank and world size, and the gather of features over ranks with the exact gradient.
+"""Rank and world size, and the exchange of features over ranks with exact gradients.
 
-Correct on one process without initialising anything.
+Correct on one process without initialising anything. Whoever computes a loss over all ranks gives each of them the
+gradient of its own rows times the world size, because gradients of parameters are averaged over ranks afterwards
+(by DDP, FSDP or `average_gradients`).
 """
+
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def rank() -> int:
@@ -21,6 +26,81 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes files."""
     return rank() == 0
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Rows that are spread over processes, in rank order. With one count nothing is communicated."""
+
+    counts: tuple[int, ...]  # rows on each process
+    rank: int = 0  # whose rows are our own
+
+    @property
+    def num_ranks(self) -> int:
+        """How many processes hold rows."""
+        return len(self.counts)
+
+    @property
+    def total(self) -> int:
+        """Rows over all processes."""
+        return sum(self.counts)
+
+    @property
+    def own(self) -> slice:
+        """Where our own rows are among all."""
+        first = sum(self.counts[: self.rank])
+        return slice(first, first + self.counts[self.rank])
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Our own rows (R, ...) -> the rows of all processes (G, ...). Not differentiable."""
+        if self.num_ranks == 1:
+            return rows
+        longest = max(self.counts)
+        padded = _padded(rows, longest)
+        out = rows.new_empty((longest * self.num_ranks, *rows.shape[1:]))
+        dist.all_gather_into_tensor(out, padded.contiguous())
+        return self._without_padding(out)
+
+    def sum_own(self, rows: Tensor) -> Tensor:
+        """Something for the rows of all processes (G, ...) -> its sum over processes, for our own rows (R, ...)."""
+        if self.num_ranks == 1:
+            return rows
+        longest = max(self.counts)
+        if min(self.counts) < longest:
+            rows = torch.cat([_padded(part, longest) for part in rows.split(list(self.counts))])
+        out = rows.new_empty((longest, *rows.shape[1:]))
+        dist.reduce_scatter_tensor(out, rows.contiguous())
+        return out[: self.counts[self.rank]]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over processes; `values` is overwritten."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Tensor) -> Tensor:
+        """The maximum over processes; `values` is overwritten."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.num_ranks > 1:
+            dist.all_reduce(values, how)
+        return values
+
+    def _without_padding(self, rows: Tensor) -> Tensor:
+        longest = max(self.counts)
+        if min(self.counts) == longest:
+            return rows
+        parts = rows.unflatten(0, (self.num_ranks, longest))
+        return torch.cat([part[:count] for part, count in zip(parts, self.counts, strict=True)])
+
+
+def gather_counts(counts: Tensor) -> list[list[int]]:
+    """Whole numbers (K,) of each process -> one list of K per process, in rank order."""
+    if world_size() == 1:
+        return [counts.tolist()]
+    out = counts.new_empty(world_size() * len(counts))
+    dist.all_gather_into_tensor(out, counts)
+    split: list[list[int]] = out.unflatten(0, (world_size(), len(counts))).tolist()
+    return split
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -39,16 +119,32 @@ def gather_rows(rows: Tensor) -> Tensor:
     return gathered
 
 
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average over ranks the gradients of parameters that no wrapper (DDP, FSDP) takes care of."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if world_size() == 1 or not gradients:
+        return
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, rows: Tensor) -> Tensor:
-        out = rows.new_empty((rows.shape[0] * world_size(), *rows.shape[1:]))
-        dist.all_gather_into_tensor(out, rows.contiguous())
-        return out
+        return _equal_rows(rows).gather(rows)
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> Tensor:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
-        per_rank = grad.shape[0] // world_size()
-        return grad[rank() * per_rank : (rank() + 1) * per_rank]
+        return Spread((len(grad) // world_size(),) * world_size(), rank()).sum_own(grad)
+
+
+def _equal_rows(rows: Tensor) -> Spread:
+    return Spread((len(rows),) * world_size(), rank())
+
+
+def _padded(rows: Tensor, length: int) -> Tensor:
+    missing = length - len(rows)
+    return torch.cat([rows, rows.new_zeros((missing, *rows.shape[1:]))]) if missing else rows

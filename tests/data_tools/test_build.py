@@ -16,6 +16,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
@@ -180,6 +181,15 @@ def test_broken_records_are_left_out_counted_and_named(tmp_path, max_side):
     shards = ShardSet.open(tmp_path / "s")
     assert [shards.key(number) for number in range(3)] == ["00000/000000000", "00000/000000001", "00002/000020000"]
     assert shards.shards[1].num_samples == 0 and not shards.problems
+    rows = [row for n in range(3) for row in pq.read_table(tmp_path / f"s/{n:05d}.parquet").to_pylist()]
+    assert {row["source_key"]: row["error"] for row in rows if row["status"] == "failed"} == causes
+    kept = [row for row in rows if row["status"] == "success"]
+    assert [row["key"] for row in kept] == ["000000000", "000000001", "000020000"]
+    by_key = {record.key: record for record in records}
+    for row in kept:
+        record = by_key[row["source_key"]]
+        assert row["sha256"] == hashlib.sha256(record.image.read()).hexdigest()
+        assert row["caption"] == "\n".join(record.captions) and row["width"] <= row["original_width"]
 
 
 def test_nothing_usable_is_an_error(tmp_path):

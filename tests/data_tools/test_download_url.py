@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_tools.download_url import EVERYWHERE, DownloadRules, fetch, is_public, open_session
 
-RULES = DownloadRules(timeout=3, max_bytes=100_000, retries=2, allowed_networks=EVERYWHERE)
+RULES = DownloadRules(timeout=3, max_bytes=100_000, retries=1, allowed_networks=EVERYWHERE)
 
 
 def jpeg():
@@ -194,10 +194,10 @@ def test_images_that_come(server, name):
         ("noai", "opt-out", 1),
         ("noindex_to_us", "opt-out", 1),
         ("busy_for_an_hour", "HTTP 429", 1),
-        ("broken", "HTTP 500", 3),
-        ("cut", "connection cut", 3),
-        ("reset", "connection cut", 3),
-        ("rubbish", "connection cut", 3),
+        ("broken", "HTTP 500", 2),
+        ("cut", "connection cut", 2),
+        ("reset", "connection cut", 2),
+        ("rubbish", "connection cut", 2),
     ],
 )
 def test_causes(server, name, cause, attempts):
@@ -205,7 +205,8 @@ def test_causes(server, name, cause, attempts):
     rules = RULES if attempts == 1 else DownloadRules(**{**vars(RULES), "timeout": 10})
     found = get(f"{server}/{name}", rules)
     assert (found.data, found.cause) == (None, cause)
-    assert found.attempts == attempts and Handler.hits[name] in (attempts, RULES.max_redirects + 1)
+    # aiohttp repeats a request by itself, once, when a connection ends before the answer.
+    assert found.attempts == attempts and Handler.hits[name] in (attempts, 2 * attempts, RULES.max_redirects + 1)
     assert found.message
 
 

@@ -339,3 +339,12 @@ def test_random_weights_come_from_torchs_generator() -> None:
     torch.manual_seed(3)
     second = build_encoder(ARCHITECTURES["resnet"]).weights()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_many_texts_sorted_by_length_give_the_features_of_one_by_one() -> None:
+    encoder = build_encoder({"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT}).eval()
+    texts = [" ".join(["word"] * (1 + (7 * i) % 17)) for i in range(100)]
+    with torch.inference_mode():
+        together = encoder.encode_text(encoder.tokenize(texts))
+        single = torch.cat([encoder.encode_text(encoder.tokenize([text])) for text in texts])
+    torch.testing.assert_close(together, single, atol=1e-5, rtol=0)

@@ -224,7 +224,7 @@ def test_another_run_is_not_continued(whole: Path, shards: Path, override: str, 
 
 def test_changed_data_are_refused(whole: Path, tmp_path: Path) -> None:
     others = write_shards(tmp_path / "others", seed=1)
-    with pytest.raises(CheckpointError, match="data.fingerprint: "):
+    with pytest.raises(CheckpointError, match=r"data\.fingerprint: "):
         pretrain(settings(others, whole), resume=True)
 
 
@@ -329,7 +329,7 @@ def test_what_cannot_start(make_run: Callable[..., RunConfig], tmp_path: Path) -
         pretrain(make_run(f"data.train={tmp_path / 'nothing'}"))
     with pytest.raises(VlkitError, match="fewer than one global batch of 64"):
         pretrain(make_run("data.global_batch_size=64"))
-    with pytest.raises(VlkitError, match="ViT-B-33.*Did you mean"):
+    with pytest.raises(VlkitError, match=r"ViT-B-33.*Did you mean"):
         pretrain(make_run("model.name=ViT-B-33"))
     (tmp_path / "file").write_text("")
     with pytest.raises(VlkitError, match="Cannot write the run folder"):

@@ -9,6 +9,7 @@ from vlkit.contracts import Progress
 from vlkit.data.records import ImageRef, Problems, Record, Source
 from vlkit.data.sources import read_source
 from vlkit.errors import ConfigError, DataError
+from vlkit.features.source import FeatureSource
 from vlkit.models.embedder import Embedder
 
 
@@ -55,7 +56,7 @@ def gather_images(paths: Sequence[str | Path]) -> Source:
 
 
 def classify_images(
-    embedder: Embedder,
+    embedder: Embedder | FeatureSource,
     classifier: ZeroShotClassifier,
     records: Sequence[Record],
     *,
@@ -68,7 +69,7 @@ def classify_images(
     """Classify images one after the other, in the order of `records`.
 
     Args:
-        embedder: the encoder the classifier was built with.
+        embedder: the encoder the classifier was built with, or it with its cache.
         classifier: class weights and how they become probabilities.
         records: where the images lie.
         top: how many classes to give for each image.

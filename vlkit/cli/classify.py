@@ -41,6 +41,7 @@ def classify(
     device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a device's name.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded together.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Decoders beside this process.")] = min(os.cpu_count() or 1, 8),
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Encode everything anew.")] = False,
     json_lines: Json = False,
 ) -> None:
     """Classify images zero-shot. Unreadable images are listed at the end and do not stop the run."""
@@ -49,14 +50,15 @@ def classify(
     from vlkit.addons.class_weights.templates import load_templates
     from vlkit.addons.classifier import ZeroShotClassifier, parse_class_list
     from vlkit.classify import Sorter, classify_images, gather_images, write_report
-    from vlkit.models.load import load_embedder
+    from vlkit.features.cache import FeatureCache
+    from vlkit.features.source import open_source
 
     class_list = parse_class_list(lines, where)
     chosen_templates = load_templates(templates)
     source = gather_images(images)
     for line in source.problems.lines():
         say(f"left out: {line}")
-    embedder = load_embedder(model, device=device)
+    embedder = open_source(model, device, None if no_cache else FeatureCache.default())
     classifier = ZeroShotClassifier.build(embedder, class_list, chosen_templates)
     sorter = Sorter(sort_into, classifier.class_names, link=link) if sort_into is not None else None
     with ExitStack() as stack:

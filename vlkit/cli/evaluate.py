@@ -15,7 +15,7 @@ from vlkit.errors import DataError
 if TYPE_CHECKING:
     from vlkit.contracts import Evaluation
     from vlkit.data.records import Source
-    from vlkit.models.embedder import Embedder
+    from vlkit.features.source import FeatureSource
 
 GROUP = "eval"
 app = typer.Typer(help="Measure a model on your data.", no_args_is_help=True, rich_markup_mode=None)
@@ -28,7 +28,10 @@ Data = Annotated[str, typer.Option(help="Folder of the data set, its annotation 
 Images = Annotated[Path | None, typer.Option(help="Folder of the images, where it is not the customary one.")]
 Format = Annotated[
     str | None,
-    typer.Option(help="flickr30k, flickr8k, coco, karpathy, table, folder or webdataset; default: from the files."),
+    typer.Option(
+        help="folder, caption_files, table, parquet, coco, karpathy, lavis, clip_benchmark, flickr8k, flickr30k or "
+        "webdataset; default: from the files."
+    ),
 ]
 Split = Annotated[str | None, typer.Option(help="train, val or test; default: all images.")]
 Out = Annotated[Path, typer.Option(help="Results file, one JSON line an evaluation.")]
@@ -36,6 +39,10 @@ PerItem = Annotated[Path | None, typer.Option(help="Also write one row a query t
 Report = Annotated[Path | None, typer.Option(help="Also write an HTML page with examples.")]
 Device = Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a device's name.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images encoded together.")]
+Features = Annotated[
+    Path | None, typer.Option(help="Features of the same data made by `vlkit embed`; no image is encoded.")
+]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Encode everything anew.")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Threads that decode; default: one per core, at most 8.")]
 
 
@@ -54,6 +61,8 @@ def retrieval(
     device: Device = "auto",
     batch_size: BatchSize = 64,
     workers: Workers = None,
+    features: Features = None,
+    no_cache: NoCache = False,
     json_object: Json = False,
 ) -> None:
     """Recall of image-text retrieval in both directions, all captions used."""
@@ -67,16 +76,15 @@ def retrieval(
     )
     _remark_on(source, split)
     from eval.retrieval import RetrievalEvaluator
-    from vlkit.models.load import load_embedder
 
     # Before the model is loaded: data that cannot be measured should be refused at once.
     evaluator = RetrievalEvaluator(
         source.records, batch_size=batch_size, workers=workers, num_examples=REPORT_EXAMPLES if report else 0
     )
-    embedder = load_embedder(model, device=device)
+    embedder = _source_of_features(model, device, features, no_cache)
     with progress_bar("retrieval", "images and texts") as tick:
         evaluation = replace(evaluator, progress=tick).run(embedder)
-    line = _line(evaluation, "retrieval", embedder, data, source, split, started)
+    line = _line(evaluation, "retrieval", embedder, device, data, source, split, started)
     title = f"{line['counts']['images']} images, {line['counts']['texts']} captions"
     _hand_over(evaluation, line, title, out=out, per_item=per_item, report=report, as_json=json_object)
 
@@ -102,6 +110,8 @@ def classification(
     device: Device = "auto",
     batch_size: BatchSize = 64,
     workers: Workers = None,
+    features: Features = None,
+    no_cache: NoCache = False,
     json_object: Json = False,
 ) -> None:
     """Zero-shot accuracy on a folder of class folders; a folder's name, `_` as space, is its class."""
@@ -115,7 +125,6 @@ def classification(
     from eval.class_names import name_classes
     from eval.classification import ClassificationEvaluator
     from vlkit.addons.class_weights.templates import load_templates
-    from vlkit.models.load import load_embedder
 
     numbered = source.class_names and all(name.isdecimal() for name in source.class_names)
     if source.format == "webdataset" and class_names is None and numbered:
@@ -136,13 +145,31 @@ def classification(
         workers=workers,
         num_examples=REPORT_EXAMPLES if report else 0,
     )
-    embedder = load_embedder(model, device=device)
+    embedder = _source_of_features(model, device, features, no_cache)
     with progress_bar("classification", "prompts and images") as tick:
         evaluation = replace(evaluator, progress=tick).run(embedder)
-    line = _line(evaluation, "classification", embedder, data, source, split, started)
+    line = _line(evaluation, "classification", embedder, device, data, source, split, started)
     line["counts"]["images_of_excluded_classes"] = classes.num_excluded
     title = f"{line['counts']['images']} images, {line['counts']['classes']} classes, templates {templates}"
     _hand_over(evaluation, line, title, out=out, per_item=per_item, report=report, as_json=json_object)
+
+
+def _source_of_features(model: str, device: str, features: Path | None, no_cache: bool) -> "FeatureSource":
+    """The model with its cache, behind stored features where they are named."""
+    from vlkit.features.cache import FeatureCache
+    from vlkit.features.source import open_source
+
+    stored = None
+    if features is not None:
+        from vlkit.features.store import open_features
+
+        stored = open_features(features)  # before the model: a folder without features should be refused at once
+    source = open_source(model, device, None if no_cache else FeatureCache.default())
+    if stored is None:
+        return source
+    from vlkit.features.stored_source import StoredSource
+
+    return StoredSource(stored, source)
 
 
 def _check_targets(out: Path, per_item: Path | None, report: Path | None) -> None:
@@ -154,6 +181,7 @@ def _check_targets(out: Path, per_item: Path | None, report: Path | None) -> Non
 
 
 def _remark_on(source: "Source", split: str | None) -> None:
+    say(f"{source.root}: read as format {source.format} (--format names another), {len(source)} images")
     for line in source.problems.lines():
         say(f"left out: {line}")
     splits = sorted({record.split for record in source.records if record.split is not None})
@@ -164,16 +192,19 @@ def _remark_on(source: "Source", split: str | None) -> None:
 def _line(
     evaluation: "Evaluation",
     task: str,
-    embedder: "Embedder",
+    embedder: "FeatureSource",
+    device: str,
     data: str,
     source: "Source",
     split: str | None,
     started: float,
 ) -> dict[str, Any]:
     from eval.results import result_line, run_facts
+    from vlkit.features.stored_source import StoredSource
+    from vlkit.models.load import pick_device
 
     unreadable = [key for key, _ in evaluation.figures["unreadable_images"]]
-    return result_line(
+    line = result_line(
         evaluation,
         task=task,
         model=embedder.name,
@@ -182,8 +213,11 @@ def _line(
         format=source.format,
         split=split,
         left_out={"by_source": dict(source.problems.counts), "unreadable": unreadable[:MAX_UNREADABLE_SHOWN]},
-        run=run_facts(started, str(embedder.device)),
+        run=run_facts(started, str(pick_device(device))),
     )
+    if isinstance(embedder, StoredSource) and embedder.stored.about.precision != "fp32":
+        line["protocol"]["features"] = f"stored as {embedder.stored.about.precision}"
+    return line
 
 
 def _hand_over(

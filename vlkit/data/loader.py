@@ -122,6 +122,8 @@ class Loader:
             preprocess = replace(preprocess, size=image_size)
         if not isinstance(tokenize, Tokenizer):
             tokenize = FunctionTokenizer(tokenize, tokenizer_id)
+        if tokenizer_id not in ("", tokenize.tokenizer_id):
+            raise ConfigError(f"tokenizer_id is {tokenizer_id!r}, but the tokenizer is {tokenize.tokenizer_id!r}.")
         self.shards = shards
         self.plan = EpochPlan(
             shards.offsets,

@@ -16,6 +16,8 @@ from vlkit.errors import ConfigError
 
 MAX_MAGNITUDE = 30
 
+Distortion = tuple[str, float]  # an operation and its strength in [-1, 1]
+
 # The number of an operation is what is drawn: do not reorder.
 OPERATIONS = (
     "identity",
@@ -55,10 +57,17 @@ class RandAugment:
 
     def apply(self, image: Tensor, generator: np.random.Generator) -> Tensor:
         """(3, H, W) uint8 to the same shape; what moves in from outside is black."""
-        for draw, sign in generator.random((self.num_ops, 2)).tolist():
-            strength = self.magnitude / MAX_MAGNITUDE
-            image = distort(image, OPERATIONS[int(draw * len(OPERATIONS))], -strength if sign < 0.5 else strength)
+        for operation, strength in self.draw(generator):
+            image = distort(image, operation, strength)
         return image
+
+    def draw(self, generator: np.random.Generator) -> tuple[Distortion, ...]:
+        """Which operations, and how strong: what `distort` takes."""
+        strength = self.magnitude / MAX_MAGNITUDE
+        return tuple(
+            (OPERATIONS[int(draw * len(OPERATIONS))], -strength if sign < 0.5 else strength)
+            for draw, sign in generator.random((self.num_ops, 2)).tolist()
+        )
 
 
 def distort(image: Tensor, operation: str, strength: float) -> Tensor:

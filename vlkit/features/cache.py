@@ -21,7 +21,7 @@ import numpy as np
 
 from vlkit.data.atomic import atomic_file
 from vlkit.errors import DataError
-from vlkit.features.cache_folder import VARIABLE, cache_folder
+from vlkit.features.cache_folder import cache_folder, cannot_write
 from vlkit.features.model_card import DECODER, ModelCard
 from vlkit.features.stamps import digest
 from vlkit.features.vectors import VectorStore
@@ -104,10 +104,7 @@ class FeatureCache:
                 with atomic_file(about) as file:
                     file.write(json.dumps({"model": card.name, "identity": card.identity}).encode())
             except OSError as error:
-                raise DataError(
-                    f"Cannot write the cache {self.folder}: {error.strerror or error}. Name another folder in "
-                    f"{VARIABLE}, or go without: --no-cache."
-                ) from error
+                raise DataError(cannot_write(self.folder, error)) from error
         return VectorStore(folder, width)
 
     def _entry(self, kind: Kind, path: Path) -> CacheEntry:

@@ -7,6 +7,14 @@ from pathlib import Path
 VARIABLE = "VLKIT_CACHE"
 
 
+def cannot_write(folder: Path, error: OSError) -> str:
+    """What to say when the cache refuses, and what can be done."""
+    return (
+        f"Cannot write the cache {folder}: {error.strerror or error}. Free space (`vlkit cache clear`), name another "
+        f"folder in {VARIABLE}, or go without: --no-cache."
+    )
+
+
 def cache_folder() -> Path:
     """`VLKIT_CACHE`, or `vlkit` in the user's cache folder of this system."""
     chosen = os.environ.get(VARIABLE)

@@ -133,6 +133,6 @@ def library_versions() -> dict[str, str]:
 
 def _short(value: str) -> str:
     """Hashes cut to what people compare; texts up to a line."""
-    if len(value) == 64 and all(char in "0123456789abcdef" for char in value):
+    if len(value) >= 32 and all(char in "0123456789abcdef" for char in value):
         return value[:12]
     return value if len(value) <= 120 else json.dumps(value[:120]) + "..."

@@ -14,7 +14,8 @@ from typing import Literal
 
 from vlkit import __version__
 from vlkit.data.atomic import atomic_file
-from vlkit.errors import CheckpointError
+from vlkit.errors import CheckpointError, DataError
+from vlkit.features.cache_folder import cannot_write
 from vlkit.features.feature_set import Fingerprint, library_versions
 from vlkit.features.stamps import digest, folder_stamp
 from vlkit.models import catalogue
@@ -76,9 +77,12 @@ def remembered_card(name: str, folder: Path, load: Callable[[], Embedder]) -> Mo
             pass
     card = card_of(load())
     if place is not None:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(place) as file:
-            file.write(json.dumps(asdict(card), indent=2).encode())
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(place) as file:
+                file.write(json.dumps(asdict(card), indent=2).encode())
+        except OSError as error:
+            raise DataError(cannot_write(folder, error)) from error
     return card
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from vlkit.data.atomic import atomic_file
 from vlkit.errors import DataError
+from vlkit.features.cache_folder import cannot_write
 
 MAX_SEGMENTS = 48
 MAX_PENDING = 4096  # rows
@@ -98,10 +99,7 @@ class VectorStore:
             with atomic_file(path) as file:
                 np.save(file, rows)
         except OSError as error:
-            raise DataError(
-                f"Cannot write the cache {self.folder}: {error.strerror or error}. Free space (`vlkit cache clear`), "
-                "name another folder in VLKIT_CACHE, or go without: --no-cache."
-            ) from error
+            raise DataError(cannot_write(self.folder, error)) from error
         return path
 
     def _open(self) -> None:

@@ -3,10 +3,12 @@
     loss = clip_loss(image, text, logit_scale)                            # row i of text describes row i of image
     loss = clip_loss(image, text, logit_scale, text_to_image, valid)      # several texts an image, broken samples
 
-The (B, R) matrix of logits is never kept: it is made tile by tile, once for the log-sum-exps of both directions
-and once more in backward. A batch that fits in one tile is done in a single pass, gradient included.
+The matrix of logits is never kept: it is made tile by tile, once for the log-sum-exps of both directions and once
+more in backward. A batch that fits in one tile is done in a single pass, gradient included. With several processes
+each makes the logits of its own images with the texts of all: a share of the work, and O(texts x D + tile) memory.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vlkit.contracts import Features, ImageTextBatch
-from vlkit.distributed import gather_rows, rank, world_size
-
-# Logits in one tile: 16 MiB of float32. Smaller tiles make the matrix products slower, larger ones leave the cache.
-TILE_SIZE = 1 << 22
+from vlkit.losses.base import TILE_SIZE, Duplicates, Share, accumulation_dtype, keys_of, own_in_tile, share_of
 
 
 def clip_loss(
@@ -27,6 +26,9 @@ def clip_loss(
     text_to_image: Tensor | None = None,
     valid: Tensor | None = None,
     *,
+    same_caption: Tensor | None = None,
+    same_image: Tensor | None = None,
+    over_ranks: bool = False,
     tile_size: int = TILE_SIZE,
 ) -> Tensor:
     """Symmetric softmax cross-entropy between the images and the texts of a batch.
@@ -43,6 +45,12 @@ def clip_loss(
         logit_scale: () multiplier of the cosine similarity, already exponentiated.
         text_to_image: (R,) the image row each text describes; default: row i describes image i.
         valid: (B,) images to count; the others and their texts are neither positives nor negatives.
+        same_caption: (R,) keys, equal for equal captions: such a text is no negative of an image whose own text
+            has the same key. Default: all other texts are negatives.
+        same_image: (B,) keys, equal for the same image: such images and their texts are no negatives of each other.
+        over_ranks: the batch is spread over all processes and these are the rows of this one (as many or as few as
+            it has). Every process gets the loss of the whole batch, and gradients which, averaged over processes
+            as DDP and FSDP do, are those of the whole batch.
         tile_size: at most so many logits exist at a time.
 
     Returns:
@@ -53,165 +61,182 @@ def clip_loss(
 
     Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
         arXiv:2103.00020, figure 3. Tiles with online log-sum-exp: Cheng et al. 2024, arXiv:2410.17243.
-    Differs: several texts an image and invalid rows; the gradient is in closed form, the temperature's included.
+    Differs: several texts an image, invalid rows and duplicates; the gradient is in closed form, the temperature's
+        included.
     """
-    _check(image, text, text_to_image, valid)
-    if text_to_image is None:
-        text_to_image = torch.arange(len(text), device=text.device)
-    if valid is not None and not bool(valid.all()):
-        text_valid = valid[text_to_image]
-        text_to_image = (valid.cumsum(0) - 1)[text_to_image[text_valid]]
-        image, text = image[valid], text[text_valid]
-    if len(text) == 0:
+    share = share_of(image, text, text_to_image, valid, same_caption, same_image, over_ranks)
+    if share.texts.total == 0:
         return (image.sum() + text.sum() + logit_scale) * 0.0  # keeps the graph, so that backward works
-    dtype = torch.promote_types(image.dtype, torch.float32)
+    dtype = accumulation_dtype(image)
     with torch.autocast(image.device.type, enabled=False):
-        inputs = (image.to(dtype), text.to(dtype), logit_scale.to(dtype))
-        loss: Tensor = _TiledClip.apply(*inputs, text_to_image, tile_size)
+        inputs = (share.image.to(dtype), share.text.to(dtype), logit_scale.to(dtype))
+        loss: Tensor = _TiledClip.apply(*inputs, share, tile_size)
     return loss
 
 
 class ClipLoss(nn.Module):
-    """`clip_loss` as a term of an objective, over the batches of all ranks."""
+    """`clip_loss` as a term of an objective, over the batches of all ranks.
+
+    Args:
+        duplicates: "mask": equal captions, and the same image, are no negatives; "keep": they are.
+    """
 
     needs: frozenset[str] = frozenset({"image", "text"})
 
+    def __init__(self, duplicates: Duplicates = "keep") -> None:
+        super().__init__()
+        self.duplicates = duplicates
+
     def forward(self, features: Features, batch: ImageTextBatch, step: int) -> Tensor:
         """() the loss over all ranks, the same on each; gradients of parameters are to be averaged over ranks."""
-        own = features.text_to_image
-        if world_size() == 1:
-            return clip_loss(features.image, features.text, features.logit_scale, own, batch.valid)
-        counts = gather_rows(torch.tensor([len(own)], device=own.device)).tolist()
         return clip_loss(
-            gather_rows(features.image),
-            _gather_texts(features.text, counts),
+            features.image,
+            features.text,
             features.logit_scale,
-            _gather_texts(own + rank() * len(features.image), counts),
-            gather_rows(batch.valid),
+            features.text_to_image,
+            batch.valid,
+            **keys_of(self.duplicates, features, batch),
+            over_ranks=True,
         )
 
 
-def _gather_texts(rows: Tensor, counts: list[int]) -> Tensor:
-    """`gather_rows` for as many rows on each rank as `counts` says, padded on the way."""
-    longest = max(counts)
-    padded = torch.cat([rows, rows.new_zeros((longest - len(rows), *rows.shape[1:]))])
-    gathered = gather_rows(padded).unflatten(0, (len(counts), longest))
-    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
-
-
 class _Weights(NamedTuple):
-    """How much the parts of each row count: loss = text @ lse_text + image @ lse_image - own @ own_logit."""
+    """How much the parts of each row count: loss = text * lse_text.sum() + image @ lse_image - own @ own_logit."""
 
-    text: Tensor  # (R,) the log-sum-exp over images of each text's logits
+    text: float  # the log-sum-exp over images of each text's logits
     image: Tensor  # (B,) the log-sum-exp over texts of each image's logits
-    own: Tensor  # (R,) the logit of each text with its own image, in both directions
+    own: Tensor  # (G,) the logit of each text with its own image, in both directions
 
 
 class _TiledClip(torch.autograd.Function):
-    """With the weights above: dloss/dlogit[i,j] = text[j] p(i|j) + image[i] p(j|i) - own[j] [i is j's image]."""
+    """With the weights above: dloss/dlogit[i,j] = text p(i|j) + image[i] p(j|i) - own[j] [i is j's image]."""
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, own: Tensor, tile_size: int) -> Tensor:
-        weights = _weights(image, own)
-        ctx.rows = max(1, tile_size // len(text))
-        ctx.in_one_pass = ctx.rows >= len(image) and any(ctx.needs_input_grad)
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, share: Share, tile_size: int) -> Tensor:
+        texts = share.texts.gather(text)
+        weights = _weights(image, share)
+        ctx.share, ctx.rows = share, max(1, tile_size // len(texts))
+        # All processes must go the same way, or they would wait for each other in different places.
+        ctx.in_one_pass = ctx.rows >= share.most_images and any(ctx.needs_input_grad)
         if ctx.in_one_pass:
-            loss, gradients = _one_pass(image, text, scale, own, weights)
+            parts, gradients = _one_pass(image, texts, scale, share, weights)
             ctx.save_for_backward(*gradients)
-            return loss
-        lse_image, lse_text, own_logit = _log_sum_exps(image, text, scale, own, ctx.rows)
-        ctx.save_for_backward(image, text, scale, own, lse_image, lse_text)
-        return weights.text @ lse_text + weights.image @ lse_image - weights.own @ own_logit
+        else:
+            parts = _log_sum_exps(image, texts, scale, share, ctx.rows)
+            ctx.save_for_backward(image, texts, scale, parts.lse_image, parts.lse_text)
+        mine = weights.text * parts.lse_text[share.texts.own].sum() + weights.image @ parts.lse_image
+        return share.texts.sum(mine - weights.own @ parts.own_logit)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.in_one_pass:
-                gradients = ctx.saved_tensors
+                by_image, by_text, by_scale = ctx.saved_tensors
             else:
-                gradients = _gradients(*ctx.saved_tensors, rows=ctx.rows)
-            return (*(grad * gradient for gradient in gradients), None, None)
+                by_image, by_text, by_scale = _gradients(*ctx.saved_tensors, share=ctx.share, rows=ctx.rows)
+            of_features = grad * ctx.share.texts.num_ranks
+            return of_features * by_image, of_features * by_text, grad * by_scale, None, None
 
 
-def _weights(image: Tensor, own: Tensor) -> _Weights:
-    num_texts = torch.zeros(len(image), dtype=image.dtype, device=image.device)
-    num_texts.scatter_add_(0, own, torch.ones_like(own, dtype=image.dtype))
+class _Parts(NamedTuple):
+    lse_image: Tensor  # (B,) log-sum-exp of each image over texts
+    lse_text: Tensor  # (G,) of each text over the images of all processes
+    own_logit: Tensor  # (G,) each text's logit with its own image; 0 for texts of other processes
+
+
+def _weights(image: Tensor, share: Share) -> _Weights:
+    # One place more than images: the texts of other processes, whose own image is row -1, are counted there.
+    num_texts = image.new_zeros(len(image) + 1)
+    num_texts.index_add_(0, share.own % len(num_texts), torch.ones_like(share.own, dtype=image.dtype))
     described = (num_texts > 0).to(image.dtype)  # an image without a text is only a negative
-    per_text = torch.full((len(own),), 0.5 / len(own), dtype=image.dtype, device=image.device)
-    per_image = 0.5 * described / described.sum()
-    return _Weights(per_text, per_image, per_text + (per_image / num_texts.clamp(min=1))[own])
+    per_text = 0.5 / share.texts.total
+    per_image = 0.5 / share.num_described
+    own = (per_text + per_image / num_texts.clamp(min=1))[share.own] * (share.own >= 0)
+    return _Weights(per_text, per_image * described[:-1], own)
 
 
 def _one_pass(
-    image: Tensor, text: Tensor, scale: Tensor, own: Tensor, weights: _Weights
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """The loss and its gradients by image, text and scale, from one tile that holds all logits."""
-    logits = (scale * image) @ text.T
-    own_logit = logits.gather(0, own[None])[0]
-    top_image = logits.amax(dim=1, keepdim=True)
+    image: Tensor, texts: Tensor, scale: Tensor, share: Share, weights: _Weights
+) -> tuple[_Parts, tuple[Tensor, Tensor, Tensor]]:
+    """The loss and its gradients by image, own text and scale, from one tile that holds all logits."""
+    if len(image) == 0:
+        parts = _log_sum_exps(image, texts, scale, share, 1)
+        return parts, _reduced(image, torch.zeros_like(texts), image, scale, share)
+    logits = _logits(image, texts, scale, share, 0)
+    place, inside = own_in_tile(share.own, 0, len(image))
+    own_logit = logits.gather(0, place)[0] * inside
+    top_image = logits.amax(dim=1, keepdim=True).clamp_(min=_lowest(logits))
     gradient = (logits - top_image).exp_()
     sum_image = gradient.sum(dim=1, keepdim=True)
-    gradient *= weights.image[:, None] / sum_image
-    top_text = logits.amax(dim=0)
-    sum_text = logits.sub_(top_text).exp_().sum(dim=0)
+    # An image without a text may have nothing but duplicates beside it: it has no weight, whatever its sum.
+    gradient *= weights.image[:, None] / sum_image.clamp(min=torch.finfo(image.dtype).tiny)
+    top_text = share.texts.max(logits.amax(dim=0).clamp_(min=_lowest(logits)))
+    sum_text = share.texts.sum(logits.sub_(top_text).exp_().sum(dim=0))
     gradient.addcmul_(logits, (weights.text / sum_text)[None])
-    gradient.scatter_add_(0, own[None], -weights.own[None])
-    lse_image, lse_text = (top_image + sum_image.log())[:, 0], top_text + sum_text.log()
-    loss = weights.text @ lse_text + weights.image @ lse_image - weights.own @ own_logit
-    by_image = gradient @ text
-    return loss, (scale * by_image, scale * (gradient.T @ image), (image * by_image).sum())
+    gradient.scatter_add_(0, place, -weights.own[None])
+    lse_image = (top_image + sum_image.clamp(min=torch.finfo(image.dtype).tiny).log())[:, 0]
+    by_image = gradient @ texts
+    return (
+        _Parts(lse_image, top_text + sum_text.log(), own_logit),
+        _reduced(by_image, gradient.T @ image, image, scale, share),
+    )
 
 
-def _log_sum_exps(image: Tensor, text: Tensor, scale: Tensor, own: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp of each image over texts (B,), of each text over images (R,), and each text's own logit (R,)."""
+def _log_sum_exps(image: Tensor, texts: Tensor, scale: Tensor, share: Share, rows: int) -> _Parts:
     lse_image = image.new_empty(len(image))
-    own_logit = image.new_zeros(len(text))
-    top, total = image.new_full((len(text),), float("-inf")), image.new_zeros(len(text))
+    own_logit = image.new_zeros(len(texts))
+    top, total = image.new_full((len(texts),), _lowest(image)), image.new_zeros(len(texts))
     for start in range(0, len(image), rows):
-        logits = (scale * image[start : start + rows]) @ text.T
+        logits = _logits(image[start : start + rows], texts, scale, share, start)
         lse_image[start : start + rows] = logits.logsumexp(dim=1)
-        place, inside = _own_in_tile(own, start, len(logits))
-        own_logit += logits.gather(0, place)[0] * inside
+        place, inside = own_in_tile(share.own, start, len(logits))
+        own_logit += logits.gather(0, place)[0].masked_fill_(~inside, 0)
         # Online: what was summed below an older maximum is brought below the new one.
         new_top = torch.maximum(top, logits.amax(dim=0))
         total = total * (top - new_top).exp_() + logits.sub_(new_top).exp_().sum(dim=0)
         top = new_top
-    return lse_image, top + total.log(), own_logit
+    top_of_all = share.texts.max(top.clone())
+    total = share.texts.sum(total * (top - top_of_all).exp_())
+    return _Parts(lse_image.clamp_(min=_lowest(image)), top_of_all + total.log(), own_logit)
 
 
 def _gradients(
-    image: Tensor, text: Tensor, scale: Tensor, own: Tensor, lse_image: Tensor, lse_text: Tensor, *, rows: int
+    image: Tensor, texts: Tensor, scale: Tensor, lse_image: Tensor, lse_text: Tensor, *, share: Share, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by image, text and scale, the logits made again tile by tile."""
-    weights = _weights(image, own)
-    by_image, by_text = torch.empty_like(image), torch.zeros_like(text)
+    """The gradients by image, own text and scale, the logits made again tile by tile."""
+    weights = _weights(image, share)
+    by_image, by_texts = torch.empty_like(image), torch.zeros_like(texts)
     # exp(logit - lse) * weight, with the weight taken into the exponent.
-    shift_image, shift_text = lse_image - weights.image.log(), lse_text - weights.text.log()
+    shift_image, shift_text = lse_image - weights.image.log(), lse_text - math.log(weights.text)
     for start in range(0, len(image), rows):
         tile = image[start : start + rows]
-        logits = (scale * tile) @ text.T
+        logits = _logits(tile, texts, scale, share, start)
         gradient = (logits - shift_image[start : start + rows, None]).exp_()
         gradient += logits.sub_(shift_text).exp_()
-        place, inside = _own_in_tile(own, start, len(tile))
+        place, inside = own_in_tile(share.own, start, len(tile))
         gradient.scatter_add_(0, place, -(weights.own * inside)[None])
-        torch.mm(gradient, text, out=by_image[start : start + rows])
-        by_text.addmm_(gradient.T, tile)
-    return by_image * scale, by_text * scale, (image * by_image).sum()
+        torch.mm(gradient, texts, out=by_image[start : start + rows])
+        by_texts.addmm_(gradient.T, tile)
+    return _reduced(by_image, by_texts, image, scale, share)
 
 
-def _own_in_tile(own: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:
-    """The row of each text's image in a tile (1, R), and whether it is in the tile (R,), without asking the device."""
-    place = own - start
-    return place.clamp(0, rows - 1)[None], (place >= 0) & (place < rows)
+def _logits(tile: Tensor, texts: Tensor, scale: Tensor, share: Share, start: int) -> Tensor:
+    """(rows, G) logits; -inf where an image and a text are neither positive nor negative."""
+    logits = (scale * tile) @ texts.T
+    if share.same is not None:
+        logits.masked_fill_(share.same.mask(share.own, start, len(tile)), -torch.inf)
+    return logits
 
 
-def _check(image: Tensor, text: Tensor, text_to_image: Tensor | None, valid: Tensor | None) -> None:
-    if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1]:
-        raise ValueError(f"Features are {tuple(image.shape)} and {tuple(text.shape)}; expected (B,D) and (R,D).")
-    if text_to_image is None and len(image) != len(text):
-        raise ValueError(f"{len(image)} images and {len(text)} texts: pass text_to_image, which image each describes.")
-    if text_to_image is not None and text_to_image.shape != text.shape[:1]:
-        raise ValueError(f"text_to_image is {tuple(text_to_image.shape)}; expected one row for each text, {len(text)}.")
-    if valid is not None and valid.shape != image.shape[:1]:
-        raise ValueError(f"valid is {tuple(valid.shape)}; expected one entry for each image, {len(image)}.")
+def _reduced(
+    by_image: Tensor, by_texts: Tensor, image: Tensor, scale: Tensor, share: Share
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From gradients by scaled cosine to those by image, own text and scale, the latter two summed over processes."""
+    by_scale = share.texts.sum((image * by_image).sum())
+    return by_image.mul_(scale), share.texts.sum_own(by_texts.mul_(scale)), by_scale
+
+
+def _lowest(values: Tensor) -> float:
+    """Stands for -inf where a difference of two must not be nan."""
+    return torch.finfo(values.dtype).min

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +20,9 @@ from vlkit.models.dual_encoder import DualEncoder
 from vlkit.models.tokenizers import TextTokenizer
 from vlkit.models.tower import TextTower, VisionTower
 from vlkit.models.weight_files import differences, read_weights
+
+# Fewer texts than this run as one piece.
+_ROWS_WORTH_SORTING = 64
 
 
 class OpenClipEncoder(DualEncoder):
@@ -59,7 +63,7 @@ class OpenClipEncoder(DualEncoder):
         """Tokens (R,T) -> (R,D), run only up to the longest text where that is exact."""
         tokens = self._fit_tokens(tokens)
         if "text_tower" in self.gives:
-            features = self.text_tower.run(tokens)
+            features = self._run_text_tower(tokens)
         else:
             features = self._model.encode_text(tokens, normalize=False)
         return F.normalize(features, dim=-1) if normalize else features
@@ -128,6 +132,16 @@ class OpenClipEncoder(DualEncoder):
 
     def _pixels(self, images: Tensor) -> Tensor:
         return self.normalize_pixels(images).to(next(self._model.visual.parameters()).dtype)
+
+    def _run_text_tower(self, tokens: Tensor) -> Tensor:
+        if tokens.device.type != "cpu" or len(tokens) < _ROWS_WORTH_SORTING or not self._stops_at_end:
+            return self.text_tower.run(tokens)
+        # Captions of one batch differ a lot in length: sorted into quarters, each runs up to its own longest. Exact,
+        # and on a CPU, where time is arithmetic, about a third faster; a GPU would wait for four small launches.
+        ends = towers.end_positions(self._model.text, tokens)
+        order = ends.argsort(stable=True)
+        parts = [self.text_tower.run(tokens[rows, : int(ends[rows].max()) + 1]) for rows in order.chunk(4)]
+        return torch.cat(parts)[order.argsort()]
 
     def _fit_tokens(self, tokens: Tensor) -> Tensor:
         length = tokens.shape[1]

@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlkit.config import AugmentSettings, RunConfig
 from vlkit.contracts import ImageTextBatch
@@ -66,10 +68,18 @@ class PretrainStep(nn.Module):
         """The losses of a batch that is on the encoder's device."""
         if self.channels_last:
             batch = batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last))
-        with torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        device, bf16 = self.encoder.device, self.precision == "bf16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16), _attention_for(device, bf16):
             features = self.encoder(batch)
         output: LossOutput = self.objective(features, batch, step)
         return output
+
+
+def _attention_for(device: torch.device, bf16: bool) -> AbstractContextManager[None]:
+    """On a CPU the fused attention's backward in bf16 takes 1.6 times as long as the plain one on short texts."""
+    if device.type == "cpu" and bf16:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def choose_device(run: RunConfig) -> torch.device:

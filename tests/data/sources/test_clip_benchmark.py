@@ -6,7 +6,9 @@ import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from data_tools.build import build_shards
 from vlkit.data.sources import read_source
 from vlkit.errors import DataError
 
@@ -115,6 +117,13 @@ def test_wds_multi_label(tmp_path):
     assert [(record.labels, record.label) for record in source] == [((0, 2), None), ((), None)]
     assert source.class_names == ("cat", "dog", "bird")
     assert source.problems.lines()[0].startswith("1 x label or captions that cannot be read: test/0/s0000002 (")
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(stream, "PNG")
+    put_tar(tmp_path / "test" / "0.tar", {"png": stream.getvalue(), "npy": array([1, 0, 1])})
+    build_shards(read_source(tmp_path), tmp_path / "built")
+    again = read_source(tmp_path / "built")
+    assert [(record.labels, record.captions, record.split) for record in again] == [((0, 2), ("cat", "bird"), "test")]
+    assert again.class_names == ("cat", "dog", "bird")
     put_tar(tmp_path / "test" / "0.tar", {"png": b"image", "npy": array([{"a": 1}])})
     with pytest.raises(DataError, match=r"(?s)Object arrays cannot be loaded"):
         read_source(tmp_path)

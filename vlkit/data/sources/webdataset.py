@@ -120,12 +120,12 @@ def _folders_to_read(path: Path, split: str | None) -> list[tuple[Path, str | No
 
 
 def _records(shard: "ShardIndex", split: str | None, multi_label: bool, problems: Problems) -> Iterator[Record]:
-    names_split = split is None and _names_split(shard)
+    has_own = split is None and _names_split(shard)
     for row in range(shard.num_samples):
         key = f"{shard.name}/{shard.key(row)}" if split is None else f"{split}/{shard.name}/{shard.key(row)}"
         try:
-            own = _own_split(shard, row) if names_split else split
-            labels = _labels(shard, row, key) if multi_label else None
+            own, labels = _own(shard, row) if has_own else (split, None)
+            labels = _labels(shard, row, key) if multi_label else labels
             record = Record(key, shard.image(row), shard.captions(row), shard.label(row), own, labels)
         except DataError as error:
             problems.add("label or captions that cannot be read", f"{key} ({error})")
@@ -138,14 +138,20 @@ def _names_split(shard: "ShardIndex") -> bool:
     if (shard.path.parent / "build.json").is_file():
         return True
     try:
-        return shard.num_samples > 0 and _own_split(shard, 0) is not None
+        return shard.num_samples > 0 and _own(shard, 0)[0] is not None
     except DataError:
         return False
 
 
-def _own_split(shard: "ShardIndex", row: int) -> str | None:
-    split = (shard.json(row) or {}).get("split")
-    return canonical_split(split) if isinstance(split, str) and split.strip() else None
+def _own(shard: "ShardIndex", row: int) -> tuple[str | None, tuple[int, ...] | None]:
+    """Split and labels that the `.json` of a sample names, as `vlkit shards build` writes them."""
+    about = shard.json(row) or {}
+    split, labels = about.get("split"), about.get("labels")
+    whole = isinstance(labels, list) and all(isinstance(label, int) and label >= 0 for label in labels)
+    return (
+        canonical_split(split) if isinstance(split, str) and split.strip() else None,
+        tuple(labels) if whole and isinstance(labels, list) else None,
+    )
 
 
 def _labels(shard: "ShardIndex", row: int, key: str) -> tuple[int, ...] | None:

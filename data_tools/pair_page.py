@@ -1,0 +1,132 @@
+"""One HTML page that shows pairs of samples side by side, for judging copies by eye."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from jinja2 import Environment, PackageLoader
+
+from data_tools.dedupe import KINDS, DedupeReport
+from data_tools.leakage import COLUMNS, Leak, LeakageReport
+from data_tools.sample_facts import thumbnail_of
+from vlkit.data.records import Record
+from vlkit.data.shard_index import ShardSet
+from vlkit.errors import DataError
+from vlkit.escape import one_line
+
+_SIDE = 160  # pixels of a thumbnail
+_PAIRS = 60  # of a section
+_MAX_CAPTIONS = 5
+_SAYS = {
+    "bytes": "same bytes",
+    "pixels": "same pixels",
+    "near": "near copy, similarity {:.3f}",
+    "captions": "same caption",
+}
+
+
+Item = TypeVar("Item")
+
+
+class Side(NamedTuple):
+    """One sample of a pair."""
+
+    role: str
+    key: str
+    url: str | None  # JPEG data URL; None where the image does not decode
+    captions: tuple[str, ...]
+
+
+class Pair(NamedTuple):
+    """Two samples side by side."""
+
+    title: str
+    left: Side
+    right: Side
+
+
+class Section(NamedTuple):
+    """Pairs of one kind; `total` counts those that are not shown too."""
+
+    title: str
+    total: int
+    pairs: list[Pair]
+
+
+def write_dedupe_page(report: DedupeReport, path: str | Path) -> None:
+    """Copies beside what is kept for them, by kind.
+
+    Raises:
+        DataError: the page cannot be written.
+    """
+    sections = []
+    for number, kind in enumerate(KINDS):
+        copies = [row for _, rows in report.groups() for row in rows.tolist() if report.kind[row] == number]
+        copies.sort(key=lambda row: (report.similarity[row], row))
+
+        def pair(row: int, kind: str = kind) -> Pair:
+            kept = _sample(report.shards, int(report.copy_of[row]), "kept")
+            says = _SAYS[kind].format(report.similarity[row])
+            return Pair(says, kept, _sample(report.shards, row, "copy"))
+
+        sections += _section(_SAYS[kind].partition(",")[0], copies, pair)
+    _write(path, "Copies in the shards", (), report.rows(), sections)
+
+
+def write_leakage_page(report: LeakageReport, path: str | Path) -> None:
+    """Training samples beside what of each evaluation set they repeat.
+
+    Raises:
+        DataError: the page cannot be written.
+    """
+    sections = []
+    for name, leaks in report.leaks.items():
+        for kind in KINDS:
+            found = sorted((leak for leak in leaks if leak.kind == kind), key=lambda leak: (leak.similarity, leak))
+
+            def pair(leak: Leak, name: str = name) -> Pair:
+                says = _SAYS[leak.kind].format(leak.similarity)
+                record = report.sources[name].records[leak.record]
+                return Pair(says, _sample(report.shards, leak.sample, "training"), _record(record, "evaluation"))
+
+            sections += _section(f"{name}: {_SAYS[kind].partition(',')[0]}", found, pair)
+    _write(path, "Evaluation images in the training shards", COLUMNS, report.rows(), sections)
+
+
+def _section(title: str, items: Sequence[Item], pair: Callable[[Item], Pair]) -> list[Section]:
+    return [Section(title, len(items), [pair(item) for item in items[:_PAIRS]])] if items else []
+
+
+def _sample(shards: ShardSet, sample: int, role: str) -> Side:
+    shard, row = shards.locate(sample)
+    try:
+        captions = shard.captions(row)[:_MAX_CAPTIONS]
+    except DataError:
+        captions = ()
+    return Side(role, shards.key(sample), thumbnail_of(shard.image_bytes(row), "image", _SIDE), captions)
+
+
+def _record(record: Record, role: str) -> Side:
+    try:
+        url = thumbnail_of(record.image.read(), record.key, _SIDE)
+    except DataError:
+        url = None
+    return Side(role, record.key, url, record.captions[:_MAX_CAPTIONS])
+
+
+def _write(
+    path: str | Path,
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[tuple[object, ...]],
+    sections: list[Section],
+) -> None:
+    environment = Environment(loader=PackageLoader("data_tools"), autoescape=True)
+    page = environment.get_template("pairs.html.j2").render(
+        title=title, columns=columns, rows=rows, sections=sections, visible=one_line
+    )
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(page, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise DataError(f"Cannot write {path}: {error.strerror or error}.") from error

@@ -1,0 +1,244 @@
+"""Runs under torchrun: each case on all processes against the same batch on one; writes what differs.
+
+    torchrun --nproc-per-node=2 tests/distributed/ranks.py OUT.json
+
+Every process builds the whole batch and the model, computes loss and gradients alone, then takes its share of the
+batch and does the same together with the others. The model is a tiny DualEncoder in float64.
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from vlkit.contracts import ImageTextBatch
+from vlkit.data.transforms import Preprocess
+from vlkit.distributed import gather_rows
+from vlkit.losses import ClipLoss, Objective, SigmoidLoss, base
+from vlkit.models.dual_encoder import DualEncoder
+from vlkit.models.tokenizers import TextTokenizer
+from vlkit.training.cached import CachedStep, EncodeStep
+from vlkit.training.parallel import on_ranks
+
+CPU = torch.device("cpu")
+IMAGES, WIDTH, PIXELS, WORDS = 16, 6, 4, 5
+GIVES = frozenset({"image", "text", "logit_bias"})
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.gelu(self.inner(x))
+
+
+class TinyEncoder(DualEncoder):
+    """Two small networks, a scale and a bias, with one list of blocks that FSDP shards one by one."""
+
+    text_tower = vision_tower = property(lambda self: None)
+
+    def __init__(self) -> None:
+        preprocess = Preprocess(PIXELS)
+        tokenize = TextTokenizer("clip", WORDS)
+        super().__init__(embed_dim=WIDTH, image_size=PIXELS, preprocess=preprocess, tokenize=tokenize, gives=GIVES)
+        self.first = nn.Linear(3 * PIXELS**2, WIDTH)
+        self.blocks = nn.ModuleList([Block(WIDTH), Block(WIDTH)])
+        self.words = nn.Embedding(20, WIDTH)
+        self.last = nn.Linear(WIDTH, WIDTH)
+        self.scale, self.bias = nn.Parameter(torch.tensor(1.5)), nn.Parameter(torch.tensor(-2.0))
+
+    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
+        x = self.first(self.normalize_pixels(images).flatten(1))
+        for block in self.blocks:
+            x = block(x)
+        return F.normalize(x, dim=1) if normalize else x
+
+    def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
+        x = self.last(self.words(tokens).mean(1).tanh())
+        return F.normalize(x, dim=1) if normalize else x
+
+    def logit_scale(self) -> Tensor:
+        return self.scale.exp()
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        return self.bias
+
+    def record(self) -> dict[str, object]:
+        return {}
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self.state_dict())
+
+
+class Model(nn.Module):
+    """As PretrainStep: encoder and objective behind one forward."""
+
+    def __init__(self, losses: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = TinyEncoder().double()
+        terms = {"clip": (0.7, ClipLoss("mask")), "sigmoid": (1.3, SigmoidLoss("mask"))}
+        self.objective = Objective({name: terms[name] for name in losses.split("+")}, gives=GIVES)
+
+    def forward(self, batch: ImageTextBatch, step: int) -> Tensor:
+        # The sum with zero keeps the bias in the graph where only the softmax loss is used: DDP asks for that.
+        return self.objective(self.encoder(batch), batch, step).total + 0.0 * self.encoder.bias
+
+
+class Case(NamedTuple):
+    losses: str
+    data: str
+    how: str
+    chunks: int
+    tile_size: int
+
+
+def make_batch(data: str, world: int) -> ImageTextBatch:
+    """The whole batch. Captions and images have duplicates on other ranks, texts lie in no order."""
+    made = torch.Generator().manual_seed(1)
+    own, valid = torch.arange(IMAGES), torch.ones(IMAGES, dtype=torch.bool)
+    if data != "plain":
+        own = own.repeat_interleave(torch.tensor([1, 3, 0, 2] * (IMAGES // 4)))
+        valid[[1, IMAGES - 3]] = False
+    if data == "one rank has nothing":
+        valid[: IMAGES // world] = False
+    return ImageTextBatch(
+        images=torch.randint(0, 256, (IMAGES, 3, PIXELS, PIXELS), generator=made, dtype=torch.uint8),
+        tokens=torch.randint(0, 20, (len(own), WORDS), generator=made),
+        text_to_image=own,
+        ids=torch.arange(IMAGES) % (IMAGES - 2),
+        caption_hash=torch.randint(0, 12, (len(own),), generator=made),
+        valid=valid,
+        extra={},
+        keys=[str(i) for i in range(IMAGES)],
+    )
+
+
+def share(batch: ImageTextBatch, rank: int, world: int) -> ImageTextBatch:
+    """The rows of one process; its texts in reverse order."""
+    rows = slice(rank * IMAGES // world, (rank + 1) * IMAGES // world)
+    own = batch.text_to_image
+    texts = ((own >= rows.start) & (own < rows.stop)).nonzero()[:, 0].flip(0)
+    return ImageTextBatch(
+        images=batch.images[rows],
+        tokens=batch.tokens[texts],
+        text_to_image=own[texts] - rows.start,
+        ids=batch.ids[rows],
+        caption_hash=batch.caption_hash[texts],
+        valid=batch.valid[rows],
+        extra={},
+        keys=batch.keys[rows],
+    )
+
+
+def alone(model: Model, batch: ImageTextBatch) -> Tensor:
+    """Loss of the whole batch without the other processes; the terms are called with everything on one rank."""
+    features = model.encoder(batch)
+    total = torch.zeros((), dtype=torch.float64)
+    keys = base.keys_of("mask", features, batch)
+    common = (features.text_to_image, batch.valid)
+    from vlkit.losses import clip_loss, sigmoid_loss
+
+    if "clip" in model.objective.weights:
+        total = total + 0.7 * clip_loss(features.image, features.text, features.logit_scale, *common, **keys)
+    if "sigmoid" in model.objective.weights:
+        scalars = (features.logit_scale, features.logit_bias)
+        total = total + 1.3 * sigmoid_loss(features.image, features.text, *scalars, *common, **keys)
+    total = total + 0.0 * model.encoder.bias
+    total.backward()
+    return total.detach()
+
+
+def together(case: Case, model: Model, batch: ImageTextBatch) -> Tensor:
+    """Loss and gradients of one process's share, through the wrapper and, with chunks, the cached step."""
+    if case.chunks == 1:
+        parallel = on_ranks(model, case.how, CPU)
+        with parallel.sync(True):
+            total = parallel.model(batch, 0)
+            total.backward()
+    else:
+        encode = EncodeStep(model.encoder, lambda part: with_all_parameters(model.encoder, part))
+        parallel = on_ranks(encode, case.how, CPU)
+        chunk_size = -(-len(batch.images) // case.chunks)
+        total = CachedStep(parallel.model, model.objective, chunk_size, CPU, sync=parallel.sync)(batch, 0).total
+    parallel.finish(model.parameters())
+    return total.detach()
+
+
+def with_all_parameters(encoder: TinyEncoder, batch: ImageTextBatch):  # noqa: ANN201
+    features = encoder(batch)
+    return features._replace(logit_scale=features.logit_scale + 0.0 * encoder.bias)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in found.items()}
+
+
+def cases(world: int) -> Iterator[Case]:
+    datas = ("plain", "ragged", "one rank has nothing")
+    for losses, data, how in itertools.product(("clip", "sigmoid", "clip+sigmoid"), datas, ("ddp", "fsdp")):
+        for chunks in (1, 2, 4):
+            if chunks * world <= IMAGES:
+                yield Case(losses, data, how, chunks, tile_size=1 << 22)
+    for losses, how in itertools.product(("clip", "sigmoid"), ("ddp", "fsdp")):
+        yield Case(losses, "ragged", how, 1, tile_size=24)  # several tiles
+
+
+def largest_difference(case: Case, rank: int, world: int) -> float:
+    batch = make_batch(case.data, world)
+    expected, found = Model(case.losses), Model(case.losses)
+    base_tile = base.TILE_SIZE
+    loss = alone(expected, batch)
+    for function in (ClipLoss, SigmoidLoss):
+        module = sys.modules[function.__module__]
+        name = "clip_loss" if function is ClipLoss else "sigmoid_loss"
+        getattr(module, name).__kwdefaults__["tile_size"] = case.tile_size
+    value = together(case, found, share(batch, rank, world))
+    for module, name in (("clip", "clip_loss"), ("sigmoid", "sigmoid_loss")):
+        getattr(sys.modules[f"vlkit.losses.{module}"], name).__kwdefaults__["tile_size"] = base_tile
+    worst = abs(value - loss).item()
+    reference = gradients(expected)
+    for name, gradient in gradients(found).items():
+        assert gradient is not None, f"{case}: {name} has no gradient"
+        assert name == "encoder.bias" or reference[name].abs().max() > 1e-6, f"{case}: nothing to compare for {name}"
+        worst = max(worst, (gradient - reference[name]).abs().max().item())
+    return worst
+
+
+def gathered_rows(rank: int, world: int) -> float:
+    """`gather_rows` against the same rows on one process."""
+    made = torch.randn(3 * world, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    weights = torch.arange(6.0 * world, dtype=torch.float64).view(-1, 2)
+    mine = made[3 * rank : 3 * rank + 3].clone().requires_grad_()
+    ((gather_rows(mine) ** 2) * weights).sum().backward()
+    expected = (2 * made * weights)[3 * rank : 3 * rank + 3]
+    return (mine.grad / world - expected).abs().max().item()
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found = {" | ".join(map(str, case)): largest_difference(case, rank, world) for case in cases(world)}
+    found["gather_rows"] = gathered_rows(rank, world)
+    worst = torch.tensor(list(found.values()), dtype=torch.float64)
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    if rank == 0:
+        Path(sys.argv[1]).write_text(json.dumps(dict(zip(found, worst.tolist(), strict=True))))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
