@@ -13,7 +13,7 @@ UNFINISHED := $(VENV)/.unfinished
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check slow bench notebooks
+.PHONY: help env demo test check slow bench notebooks readme
 
 help:
 	@echo 'make demo       the whole story on generated data, offline, on a CPU; writes runs/demo/report.html'
@@ -22,6 +22,7 @@ help:
 	@echo 'make slow       the tests that take long, and those that need a GPU'
 	@echo 'make bench      the benchmarks'
 	@echo 'make notebooks  writes notebooks/*.ipynb from their .py sources'
+	@echo 'make readme     writes the README'"'"'s table of methods'
 	@echo 'make env        only installs (PYTHON=python3.12 chooses the interpreter)'
 
 env: $(INSTALLED)
@@ -65,3 +66,6 @@ bench: env
 
 notebooks: env
 	$(BIN)/jupytext --to ipynb notebooks/*.py
+
+readme: env
+	$(BIN)/python tests/test_readme.py

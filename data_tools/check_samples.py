@@ -13,6 +13,7 @@ from data_tools.chunks import Chunk
 from data_tools.write_shard import stats_path
 from vlkit.data.decode import BrokenImageError, decode_image
 from vlkit.data.shard_columns import Columns
+from vlkit.data.shard_index import MAX_CLASSES
 from vlkit.data.shard_sidecar import build_table
 from vlkit.errors import DataError
 
@@ -93,7 +94,7 @@ def _captions_in(values: dict[str, Any]) -> list[str]:
 
 def _is_whole_number(data: bytes) -> bool:
     try:
-        return int(data) >= 0
+        return 0 <= int(data) < MAX_CLASSES
     except ValueError:
         return False
 

@@ -139,7 +139,9 @@ async def _attempt(session: aiohttp.ClientSession, url: str, rules: DownloadRule
                 if not place:
                     raise _FailedError("redirect without a place", f"{target} redirects nowhere", response.status)
                 target = _checked(place, target)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except _FailedError:
+            raise
+        except Exception as error:  # what a library makes of hostile bytes is not all declared; see _explain
             raise _explain(error, target) from error
     raise _FailedError("too many redirects", f"more than {rules.max_redirects} redirects, the last to {target}")
 
@@ -222,7 +224,9 @@ def _explain(error: Exception, target: URL) -> _FailedError:
         return _FailedError("TLS", message)
     if isinstance(error, aiohttp.ClientConnectorError):
         return _FailedError("no connection", message, again=True)
-    return _FailedError("connection cut", message, again=True)
+    if isinstance(error, aiohttp.ClientError | OSError):
+        return _FailedError("connection cut", message, again=True)
+    return _FailedError("bad answer", f"{message} ({type(error).__name__})")
 
 
 def _socket_to(address: tuple[Any, ...], networks: Sequence[_Network]) -> socket.socket:

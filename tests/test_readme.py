@@ -11,8 +11,8 @@ How the README is written:
       pipes, no redirection). `make demo` counts as the `vlkit demo` that it runs.
     - A block that takes long says in `short:` which options make it short. They are put behind every `vlkit train`
       and `vlkit demo` of the block.
-    - Between `<!-- methods -->` and `<!-- /methods -->` stands the table of methods; when it is not the one made from
-      the METHODS of the folders, the test fails and shows the right one.
+    - Between `<!-- methods -->` and `<!-- /methods -->` stands the table made from the METHODS of the folders;
+      `make readme` writes it.
 
 The default run calls the commands in this process, with the short options, on miniatures of the data sets that are
 laid out like the real ones. `make slow` runs every story in bash, to the letter, on the real data in $VLKIT_DATA.
@@ -39,8 +39,8 @@ from vlkit.contracts import MethodRow
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-METHOD_FOLDERS = ("vlkit.losses", "vlkit.addons.class_weights")
 
+_TABLE = re.compile(r"(?<=<!-- methods -->\n).*?(?=\n<!-- /methods -->)", re.DOTALL)
 _FENCED = re.compile(r"^(?P<above>.*)\n```(?P<language>sh|python)\n(?P<code>(?:.*\n)*?)```$", re.MULTILINE)
 _RUNS = re.compile(r"<!-- runs: (?P<story>[\w-]+)(?:; short: (?P<short>.+?))? -->")
 
@@ -97,6 +97,17 @@ def _expand(word: str) -> list[str]:
     return sorted(glob.glob(word)) or [word]
 
 
+def methods_table() -> str:
+    """The rows of every folder of methods, folder by folder."""
+    holders = [path.parent for path in (ROOT / "vlkit").rglob("__init__.py") if "METHODS: dict" in path.read_text()]
+    names = [".".join(folder.relative_to(ROOT).parts) for folder in holders]
+    modules = sorted(names, key=lambda name: (name.startswith("vlkit.addons"), name))  # what trains comes first
+    rows: list[MethodRow] = [row for name in modules for row in importlib.import_module(name).METHODS.values()]
+    lines = ["| method | slot | needs | cost | when to use it | source |", "|---|---|---|---|---|---|"]
+    lines += [f"| `{r.name}` | {r.slot} | {r.needs} | {r.cost} | {r.when} | {r.source} |" for r in rows]
+    return "\n".join(lines)
+
+
 STORIES = stories(README)
 
 
@@ -146,19 +157,9 @@ def test_make_demo_is_vlkit_demo() -> None:
 
 
 def test_the_table_of_methods() -> None:
-    rows: list[MethodRow] = [
-        row for folder in METHOD_FOLDERS for row in importlib.import_module(folder).METHODS.values()
-    ]
-    lines = ["| method | slot | needs | cost | when to use it | source |", "|---|---|---|---|---|---|"]
-    lines += [f"| `{r.name}` | {r.slot} | {r.needs} | {r.cost} | {r.when} | {r.source} |" for r in rows]
-    shown = re.search(r"<!-- methods -->\n(.*?)\n<!-- /methods -->", README, re.DOTALL)
+    shown = _TABLE.search(README)
     assert shown is not None
-    assert shown[1] == "\n".join(lines)
-
-
-def test_every_folder_of_methods_is_in_the_table() -> None:
-    holders = {path.parent for path in (ROOT / "vlkit").rglob("__init__.py") if "METHODS" in path.read_text()}
-    assert {".".join(path.relative_to(ROOT).parts) for path in holders} == set(METHOD_FOLDERS)
+    assert shown[0] == methods_table(), "run `make readme`"
 
 
 def test_links_to_files_lead_somewhere() -> None:
@@ -233,3 +234,7 @@ def class_folders(folder: Path, names: tuple[str, ...]) -> None:
         (folder / name).mkdir(parents=True)
         for number in range(3):
             (folder / name / f"image_{number:04d}.jpg").write_bytes(picture(10 * position + number))
+
+
+if __name__ == "__main__":  # make readme
+    (ROOT / "README.md").write_text(_TABLE.sub(lambda _: methods_table(), README), encoding="utf-8")

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from vlkit.configs import shipped_runs
 from vlkit.errors import ConfigError, did_you_mean
@@ -42,6 +42,15 @@ EXCLUSIVE = (
     ("run.epochs", "run.steps", "run.samples"),
     ("model.name", "model.architecture", "model.init"),
 )
+
+
+def _weight_as_table(term: object) -> object:
+    """`clip = 0.5` is short for `clip = { weight = 0.5 }`."""
+    if term is None or isinstance(term, dict):
+        return term
+    if isinstance(term, int | float) and not isinstance(term, bool) and 0 < term < float("inf"):
+        return {"weight": float(term)}
+    raise ValueError('expected a weight above 0, or a table such as { weight = 1.0, duplicates = "mask" }')
 
 
 class RunSettings(Settings):
@@ -108,16 +117,39 @@ class DataSettings(Settings):
     val: Paths | None = None  # shards for the [[eval]] entries that name no data
     image_size: Count | None = None  # side in pixels; default: the architecture's own
     global_batch_size: Annotated[int, Field(ge=2)] = 256  # images per step over all processes
+    # Images a process embeds at a time, for batches that do not fit: the same gradients for a second forward.
+    chunk_size: Count | None = None  # default: its whole share of the batch
     workers: Workers = "auto"  # decoding processes beside each training process
     max_bad_fraction: Fraction = 0.01  # the run stops when more of the samples than this cannot be read
     captions_per_image: Count = 1
+    # Probability that a token of a caption is left out: against learning few captions by heart.
+    token_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     augment: AugmentSettings | None = AugmentSettings()  # `augment = false` in the file: the evaluation's preprocessing
 
 
-class LossSettings(Settings):
-    """[loss]: the weight of each term."""
+class PairLossSettings(Settings):
+    """[loss.clip], [loss.sigmoid]: a loss over all pairs of the batch. `clip = 1.0` gives the weight alone."""
 
-    clip: Positive = 1.0
+    weight: Positive = 1.0
+    # "mask": equal captions and the same image are no negatives of each other; "keep": they are.
+    duplicates: Literal["keep", "mask"] = "keep"
+
+
+class LossSettings(Settings):
+    """[loss]: the terms and their weights; clip = 1.0 when none is named."""
+
+    clip: Annotated[PairLossSettings | None, BeforeValidator(_weight_as_table)] = None
+    sigmoid: Annotated[PairLossSettings | None, BeforeValidator(_weight_as_table)] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _at_least_one(cls, terms: Any) -> Any:
+        return terms or {"clip": 1.0}
+
+    @property
+    def terms(self) -> dict[str, PairLossSettings]:
+        """The terms that are on."""
+        return {name: term for name, term in self if term is not None}
 
 
 class OptimSettings(Settings):
@@ -166,7 +198,7 @@ class RunConfig(Settings):
     run: RunSettings
     model: ModelSettings
     data: DataSettings
-    loss: LossSettings = LossSettings()
+    loss: LossSettings = Field(default_factory=lambda: LossSettings.model_validate({}))
     optim: OptimSettings = OptimSettings()
     eval: tuple[EvalSettings, ...] = ()
     checkpoint: CheckpointSettings = CheckpointSettings()

@@ -7,10 +7,15 @@ gradient of its own rows times the world size, because gradients of parameters a
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+# Named so since torch 2.14, where the old names warn.
+_all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
 
 
 def rank() -> int:
@@ -58,7 +63,7 @@ class Spread:
         longest = max(self.counts)
         padded = _padded(rows, longest)
         out = rows.new_empty((longest * self.num_ranks, *rows.shape[1:]))
-        dist.all_gather_into_tensor(out, padded.contiguous())
+        _all_gather(out, padded.contiguous())
         return self._without_padding(out)
 
     def sum_own(self, rows: Tensor) -> Tensor:
@@ -69,7 +74,7 @@ class Spread:
         if min(self.counts) < longest:
             rows = torch.cat([_padded(part, longest) for part in rows.split(list(self.counts))])
         out = rows.new_empty((longest, *rows.shape[1:]))
-        dist.reduce_scatter_tensor(out, rows.contiguous())
+        _reduce_scatter(out, rows.contiguous())
         return out[: self.counts[self.rank]]
 
     def sum(self, values: Tensor) -> Tensor:
@@ -98,7 +103,7 @@ def gather_counts(counts: Tensor) -> list[list[int]]:
     if world_size() == 1:
         return [counts.tolist()]
     out = counts.new_empty(world_size() * len(counts))
-    dist.all_gather_into_tensor(out, counts)
+    _all_gather(out, counts)
     split: list[list[int]] = out.unflatten(0, (world_size(), len(counts))).tolist()
     return split
 

@@ -87,6 +87,7 @@ def _map_on_ray(
         raise ConfigError("The engine `ray` needs the extra of that name: pip install 'vlkit[ray]'.") from error
     ours = not ray.is_initialized()
     if ours:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers unless told not to
         ray.init(log_to_driver=False, logging_level="error")
     at_once = workers or int(ray.cluster_resources().get("CPU", 1))
     # Ray repeats a part whose machine is lost, as parts are written whole or not at all; not one that raised.

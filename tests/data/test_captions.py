@@ -2,11 +2,12 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from vlkit.data.captions import FunctionTokenizer, Tokenizer, caption_hash, choose_captions
+from vlkit.data.captions import FunctionTokenizer, Tokenizer, caption_hash, choose_captions, drop_tokens
 from vlkit.models.tokenizers import CLIP_BPE, TextTokenizer
 
 
@@ -76,3 +77,16 @@ def test_function_tokenizer_agrees_with_the_text_tokenizer(texts: list[str]) -> 
     assert isinstance(ours, Tokenizer)
     assert function.encode_ragged(texts) == ours.encode_ragged(texts)
     assert torch.equal(function.pad(function.encode_ragged(texts)), ours(texts))
+
+
+def test_dropped_tokens_leave_start_end_and_order() -> None:
+    tokens = [49406, *range(10, 30), 49407]
+    kept = drop_tokens(tokens, 0.5, np.random.default_rng(0))
+    draws = np.random.default_rng(0).random(20)
+    assert kept == [49406, *(token for token, draw in zip(range(10, 30), draws, strict=True) if draw >= 0.5), 49407]
+
+
+def test_a_text_never_loses_all_its_tokens() -> None:
+    random = np.random.default_rng(0)
+    assert all(len(drop_tokens([1, 5, 6, 2], 0.99, random)) >= 3 for _ in range(100))
+    assert drop_tokens([1, 2], 0.99, random) == [1, 2]

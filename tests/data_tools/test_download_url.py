@@ -1,8 +1,10 @@
 """Downloads from a real server on loopback that drips, redirects, cuts, refuses and lies."""
 
 import asyncio
+import contextlib
 import gzip
 import io
+import random
 import socket
 import struct
 import threading
@@ -272,3 +274,35 @@ def test_public_and_other_addresses():
         "2002:7f00:1::", "192.0.2.1",
     ):  # fmt: skip
         assert not is_public(address), address
+
+
+def test_answers_of_random_bytes_are_counted_and_never_raise():
+    """Valid answers with bytes changed, dropped and doubled, each on its own connection."""
+    rng = random.Random(5)
+    valid = b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: 9\r\nRetry-After: 1\r\n\r\n123456789"
+
+    def changed():
+        data = bytearray(valid.replace(b"200 OK", rng.choice([b"200 OK", b"302 X\r\nLocation: /x", b"503 X"])))
+        for _ in range(rng.randint(0, 2)):
+            place = rng.randrange(len(data))
+            data[place : place + rng.randint(0, 3)] = rng.randbytes(rng.randint(0, 3))
+        return bytes(data)
+
+    async def answer(reader, writer):
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(changed())
+            await writer.drain()
+        writer.close()
+
+    async def run():
+        rules = DownloadRules(timeout=2, retries=0, allowed_networks=EVERYWHERE)
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as serving, open_session(rules) as session:
+            port = serving.sockets[0].getsockname()[1]
+            found = [await fetch(session, f"http://127.0.0.1:{port}/{n}", rules) for n in range(150)]
+        return found
+
+    found = asyncio.run(run())
+    assert all((one.data is None) == (one.cause is not None) for one in found)
+    causes = Counter(one.cause for one in found)
+    assert causes[None] > 9 and len(causes) > 2, causes

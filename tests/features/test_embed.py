@@ -166,7 +166,7 @@ def test_what_was_interrupted_continues_and_ends_equal(
         open_features(tmp_path / "out")
     encoder.num_images = 0
     report = embed_source(source, model, tmp_path / "out", part_size=3, batch_size=2)
-    assert report.num_parts_kept == stop_at // 3 and encoder.num_images == whole - 3 * report.num_parts_kept
+    assert report.num_parts_kept == (stop_at - 1) // 3 and encoder.num_images == whole - 3 * report.num_parts_kept
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
@@ -203,7 +203,7 @@ def test_an_interrupted_update_leaves_the_old_set_and_continues(
     more = source_in(tmp_path / "photos", range(12))
 
     def interrupt(done: int, total: int) -> None:
-        if done >= 8:
+        if done > 8:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -288,6 +288,10 @@ def other(model: CachedEmbedder, source: Source, out: Path) -> EmbedReport:
     return embed_source(source, other_model(), out)
 
 
+def in_other_parts(model: CachedEmbedder, source: Source, out: Path) -> EmbedReport:
+    return embed_source(source, model, out, part_size=2)
+
+
 def foreign(model: CachedEmbedder, source: Source, out: Path) -> EmbedReport:
     (out / "fingerprint.json").unlink()
     return embed_source(source, model, out)
@@ -297,6 +301,7 @@ def foreign(model: CachedEmbedder, source: Source, out: Path) -> EmbedReport:
     ("call", "message"),
     [
         (in_half, "holds fp32, not fp16"),
+        (in_other_parts, "has parts of 1024 images, not 2"),
         (other, r"model small\) and this model \(model other\) do not go together: weights: \w{12} here"),
         (foreign, "without fingerprint.json: another tool's"),
     ],

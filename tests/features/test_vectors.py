@@ -88,11 +88,11 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
         "from vlkit.features.vectors import VectorStore\n"
         "for number in range(int(sys.argv[2]), int(sys.argv[2]) + 60):\n"
         "    with VectorStore(Path(sys.argv[1]), 3) as store:\n"  # opening also merges
-        "        store.add([number.to_bytes(16, 'big')], np.full((1, 3), number, np.float32))\n"
+        "        store.add([number.to_bytes(8, 'big') * 2], np.full((1, 3), number, np.float32))\n"
     )
     running = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), str(begin)]) for begin in (0, 40)]
     assert [process.wait() for process in running] == [0, 0]
     store = VectorStore(tmp_path, 3)
-    places = store.find([number.to_bytes(16, "big") for number in range(100)])
+    places = store.find([number.to_bytes(8, "big") * 2 for number in range(100)])
     assert (places >= 0).all()
     np.testing.assert_array_equal(store.rows(places)[:, 0], np.arange(100))

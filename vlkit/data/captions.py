@@ -75,6 +75,24 @@ def choose_captions(count: int, wanted: int, *, seed: int, epoch: int, sample_id
     return [int(i) for i in np.argsort(draws, kind="stable")[:wanted]]
 
 
+def drop_tokens(tokens: Sequence[int], rate: float, random: np.random.Generator) -> list[int]:
+    """Leave out each token with probability `rate`, but for the first and the last (start and end of the text).
+
+    A text of which nothing would be left keeps one token between them, so that it still says something.
+
+    Source: Li et al. 2023, "An Inverse Scaling Law for CLIP Training" (CLIPA), arXiv:2305.07017, section 3.2
+        (random text masking).
+    Differs: a fixed rate instead of a fixed number of tokens kept.
+    """
+    inner = len(tokens) - 2
+    if inner < 1:
+        return list(tokens)
+    draws = random.random(inner)
+    kept = draws >= rate
+    kept[int(draws.argmax())] = True
+    return [tokens[0], *(token for token, keep in zip(tokens[1:-1], kept, strict=True) if keep), tokens[-1]]
+
+
 def caption_hash(text: str) -> int:
     """A signed 64-bit number: equal for equal strings in any process, different for different ones."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()

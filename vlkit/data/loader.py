@@ -77,6 +77,7 @@ class Loader:
         augment: Augment | None = None,
         image_size: int | None = None,
         captions_per_image: int = 1,
+        token_dropout: float = 0.0,
         seed: int = 0,
         workers: int = 0,
         rank: int = 0,
@@ -101,6 +102,7 @@ class Loader:
             augment: random changes for training, None for none.
             image_size: another size than that of `preprocess`.
             captions_per_image: texts taken of each image per epoch (fewer where it has fewer).
+            token_dropout: probability that a token of a caption is left out, see `captions.drop_tokens`.
             seed: decides order, augmentation and captions, together with the epoch.
             workers: processes beside this one; 0 does everything in the caller's thread.
             rank, world_size: which of how many training processes this is.
@@ -134,7 +136,11 @@ class Loader:
             remainder=remainder,
             shuffle=shuffle,
         )
-        self._reader = SampleReader(shards, tokenize, preprocess, augment, captions_per_image, seed, exif, max_pixels)
+        if not 0 <= token_dropout < 1:
+            raise ConfigError(f"token_dropout is {token_dropout}; expected 0 or more and less than 1.")
+        self._reader = SampleReader(
+            shards, tokenize, preprocess, augment, captions_per_image, seed, exif, max_pixels, token_dropout
+        )
         self._workers, self._prefetch, self._start_method = workers, prefetch, start_method
         self._max_bad_fraction = max_bad_fraction
         self._report = LoadReport()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlkit.data.augment import Choices, decode_changed
-from vlkit.data.captions import Tokenizer, caption_hash, choose_captions
+from vlkit.data.captions import Tokenizer, caption_hash, choose_captions, drop_tokens
 from vlkit.data.decode import MAX_PIXELS, BrokenImageError, EncodedImage, Exif, open_image
 from vlkit.data.epoch_plan import PADDING
 from vlkit.data.randomness import fleeting_generator
@@ -64,6 +64,7 @@ class SampleReader:
     seed: int
     exif: Exif = "apply"
     max_pixels: int = MAX_PIXELS
+    token_dropout: float = 0.0
 
     def read(self, epoch: int, ids: NDArray[np.int64], images: Tensor) -> Rows:
         """Read samples; a broken one leaves a black image and stands in `failures`.
@@ -79,6 +80,7 @@ class SampleReader:
         for row, sample_id in enumerate(ids.tolist()):
             texts += self._read_texts(row, epoch, sample_id, rows)
         self._tokenize(texts, rows)
+        self._drop_tokens(epoch, ids, rows)
         for start in range(0, len(ids), _HEADERS_AT_ONCE):
             some = list(enumerate(ids[start : start + _HEADERS_AT_ONCE].tolist(), start))
             opened = [self._open(row, epoch, sample_id, rows) for row, sample_id in some]
@@ -164,3 +166,14 @@ class SampleReader:
         missing = [text.text for text in texts if text.tokens is None]
         fresh = iter(self.tokenizer.encode_ragged(missing) if missing else [])
         rows.tokens.extend(next(fresh) if text.tokens is None else text.tokens for text in texts)
+
+    def _drop_tokens(self, epoch: int, ids: NDArray[np.int64], rows: Rows) -> None:
+        """Leave tokens out of the texts, each image's by its own random numbers."""
+        if not self.token_dropout:
+            return
+        place = 0
+        for sample_id, count in zip(ids.tolist(), rows.num_texts, strict=True):
+            random = fleeting_generator(self.seed, epoch, max(sample_id, 0), "token dropout")
+            for position in range(place, place + count):
+                rows.tokens[position] = drop_tokens(rows.tokens[position], self.token_dropout, random)
+            place += count

@@ -25,6 +25,9 @@ from vlkit.errors import DataError
 
 __all__ = ["ShardIndex", "ShardSet", "ShardSpec", "expand_shards", "sidecar_path", "write_index"]
 
+# A damaged label must not make whoever lists the classes fill the memory with their names.
+MAX_CLASSES = 5_000_000
+
 
 def write_index(tar_path: str | Path, token_ids: TokenIds | None = None) -> Path:
     """Index a tar and write the sidecar beside it.
@@ -120,7 +123,7 @@ class ShardIndex:
             return None
         try:
             value = json.loads(self._read(offset, size))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter for brackets nested by the thousand
             raise DataError(f"shard {self.path.name}, sample {self.key(i)}: bad JSON: {error}.") from error
         if not isinstance(value, dict):
             raise DataError(
@@ -132,17 +135,20 @@ class ShardIndex:
         """The class number in the `.cls` file, None when there is none.
 
         Raises:
-            DataError: it is no whole number.
+            DataError: it is no class number.
         """
         offset, size = self._columns.place("cls", i)
         if offset < 0:
             return None
         text = self._read(offset, size)
         try:
-            return int(text)
+            label = int(text)
         except ValueError:
+            label = -1
+        if not 0 <= label < MAX_CLASSES:
             where = f"shard {self.path.name}, sample {self.key(i)}"
-            raise DataError(f"{where}: .cls holds {text[:40]!r}, expected a class number.") from None
+            raise DataError(f"{where}: .cls holds {text[:40]!r}, expected a class number, 0 to {MAX_CLASSES - 1:,}.")
+        return label
 
     def tokens(self, tokenizer_id: str, i: int) -> list[NDArray[Any]] | None:
         """Token ids of each caption of sample `i`, None when this tokenizer's are not stored."""

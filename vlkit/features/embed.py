@@ -195,6 +195,8 @@ def _plan(
     _check_same(existing, wanted, out)
     if existing.plan == wanted.plan and existing.part_size == size:
         return _Plan(wanted, out, None, 0)
+    if existing.plan == wanted.plan and not update:
+        raise GalleryError(f"{out} has parts of {existing.part_size} images, not {size}. Leave the size of parts out.")
     old = open_old_parts(out)
     changes = old.changes([record.key for record in source.records], stamps)
     if not update:

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 class VectorStore:
-    """Rows of `width` floats by key. Open it, find, add, flush; `with` flushes at the end."""
+    """Rows of `width` floats by key, a hash of 16 bytes. Open it, find, add, flush; `with` flushes at the end."""
 
     def __init__(self, folder: Path, width: int) -> None:
         self.folder = folder
@@ -140,7 +140,7 @@ class VectorStore:
 
 
 class _Index(NamedTuple):
-    """Keys of all rows in the order of their first halves."""
+    """Keys of all rows in the order of their first halves, which no two keys share: they are hashes."""
 
     first: NDArray[np.uint64]  # (rows,) rising
     second: NDArray[np.uint64]

@@ -79,13 +79,15 @@ class ClipLoss(nn.Module):
 
     Args:
         duplicates: "mask": equal captions, and the same image, are no negatives; "keep": they are.
+        tile_size: at most so many logits exist at a time.
     """
 
     needs: frozenset[str] = frozenset({"image", "text"})
 
-    def __init__(self, duplicates: Duplicates = "keep") -> None:
+    def __init__(self, duplicates: Duplicates = "keep", tile_size: int = TILE_SIZE) -> None:
         super().__init__()
         self.duplicates = duplicates
+        self.tile_size = tile_size
 
     def forward(self, features: Features, batch: ImageTextBatch, step: int) -> Tensor:
         """() the loss over all ranks, the same on each; gradients of parameters are to be averaged over ranks."""
@@ -97,6 +99,7 @@ class ClipLoss(nn.Module):
             batch.valid,
             **keys_of(self.duplicates, features, batch),
             over_ranks=True,
+            tile_size=self.tile_size,
         )
 
 
@@ -165,7 +168,7 @@ def _one_pass(
         return parts, _reduced(image, torch.zeros_like(texts), image, scale, share)
     logits = _logits(image, texts, scale, share, 0)
     place, inside = own_in_tile(share.own, 0, len(image))
-    own_logit = logits.gather(0, place)[0] * inside
+    own_logit = logits.gather(0, place)[0].masked_fill(~inside, 0)  # -inf times zero would be nan
     top_image = logits.amax(dim=1, keepdim=True).clamp_(min=_lowest(logits))
     gradient = (logits - top_image).exp_()
     sum_image = gradient.sum(dim=1, keepdim=True)
@@ -191,7 +194,7 @@ def _log_sum_exps(image: Tensor, texts: Tensor, scale: Tensor, share: Share, row
         logits = _logits(image[start : start + rows], texts, scale, share, start)
         lse_image[start : start + rows] = logits.logsumexp(dim=1)
         place, inside = own_in_tile(share.own, start, len(logits))
-        own_logit += logits.gather(0, place)[0].masked_fill_(~inside, 0)
+        own_logit += logits.gather(0, place)[0].masked_fill(~inside, 0)
         # Online: what was summed below an older maximum is brought below the new one.
         new_top = torch.maximum(top, logits.amax(dim=0))
         total = total * (top - new_top).exp_() + logits.sub_(new_top).exp_().sum(dim=0)

@@ -78,13 +78,15 @@ class SigmoidLoss(nn.Module):
 
     Args:
         duplicates: "mask": equal captions, and the same image, are no pairs; "keep": they are negative pairs.
+        tile_size: at most so many logits exist at a time.
     """
 
     needs: frozenset[str] = frozenset({"image", "text", "logit_bias"})
 
-    def __init__(self, duplicates: Duplicates = "keep") -> None:
+    def __init__(self, duplicates: Duplicates = "keep", tile_size: int = TILE_SIZE) -> None:
         super().__init__()
         self.duplicates = duplicates
+        self.tile_size = tile_size
 
     def forward(self, features: Features, batch: ImageTextBatch, step: int) -> Tensor:
         """() the loss over all ranks, the same on each; gradients of parameters are to be averaged over ranks."""
@@ -98,6 +100,7 @@ class SigmoidLoss(nn.Module):
             batch.valid,
             **keys_of(self.duplicates, features, batch),
             over_ranks=True,
+            tile_size=self.tile_size,
         )
 
 
@@ -133,7 +136,8 @@ class _TiledSigmoid(torch.autograd.Function):
             ctx.save_for_backward(
                 by_image.mul_(factor), share.texts.sum_own(by_texts.mul_(factor)), by_scale, by_bias.clone()
             )
-        return total.clone()
+        value: Tensor = total.clone()
+        return value
 
     @staticmethod
     @once_differentiable

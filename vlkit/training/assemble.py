@@ -1,5 +1,6 @@
 """From a run file to the objects it names: encoder, loader, optimiser step. Shared by training and its dry run."""
 
+import math
 import os
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
@@ -11,13 +12,14 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlkit.config import AugmentSettings, RunConfig
-from vlkit.contracts import ImageTextBatch
+from vlkit.contracts import Features, ImageTextBatch
 from vlkit.data.loader import Loader
 from vlkit.data.shard_index import ShardSet
 from vlkit.data.transforms import Augment
 from vlkit.distributed import rank, world_size
 from vlkit.errors import ConfigError
 from vlkit.losses import TERMS, LossOutput, Objective
+from vlkit.losses.sigmoid import START_LOGIT_BIAS, START_LOGIT_SCALE
 from vlkit.models.dual_encoder import DualEncoder
 from vlkit.models.load import load_encoder, pick_device
 from vlkit.training.loop import Pace
@@ -66,13 +68,17 @@ class PretrainStep(nn.Module):
 
     def forward(self, batch: ImageTextBatch, step: int) -> LossOutput:
         """The losses of a batch that is on the encoder's device."""
+        output: LossOutput = self.objective(self.features(batch), batch, step)
+        return output
+
+    def features(self, batch: ImageTextBatch) -> Features:
+        """The features of a batch that is on the encoder's device."""
         if self.channels_last:
             batch = batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last))
         device, bf16 = self.encoder.device, self.precision == "bf16"
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16), _attention_for(device, bf16):
-            features = self.encoder(batch)
-        output: LossOutput = self.objective(features, batch, step)
-        return output
+            features: Features = self.encoder(batch)
+        return features
 
 
 def _attention_for(device: torch.device, bf16: bool) -> AbstractContextManager[None]:
@@ -121,16 +127,49 @@ def build_learner(run: RunConfig, device: torch.device) -> Learner:
         ModelError: an unknown architecture or model.
         ConfigError: a loss needs what neither the model nor the data gives, or a precision the device lacks.
     """
-    encoder = _build_encoder(run).to(device)
+    encoder = _build_encoder(run)
+    if "sigmoid" in run.loss.terms and encoder.logit_bias is None:
+        encoder = with_bias(encoder)
+    encoder = encoder.to(device)
     if has_overlapping_convolutions(encoder):
         encoder = encoder.to(memory_format=torch.channels_last)
     for tower in run.model.freeze:
         tower_module(encoder, tower).requires_grad_(False)
+    if "sigmoid" not in run.loss.terms:
+        _freeze_bias(encoder)
     train_mode(encoder, run)
-    terms = {name: (weight, TERMS[name]()) for name, weight in run.loss.model_dump().items()}
+    terms = {
+        name: (term.weight, TERMS[name](**term.model_dump(exclude={"weight"}))) for name, term in run.loss.terms.items()
+    }
     objective = Objective(terms, gives=encoder.gives | DATA_GIVES)
     module = PretrainStep(encoder, objective, choose_precision(run, device))
     return Learner(encoder, module, make_optimizer(module, run.optim))
+
+
+def with_bias(encoder: DualEncoder) -> DualEncoder:
+    """The same weights with a logit bias, and bias and scale where training with a sigmoid loss starts.
+
+    Raises:
+        ConfigError: this kind of encoder takes no bias.
+    """
+    from vlkit.models.open_clip_encoder import OpenClipEncoder, construct
+
+    if not isinstance(encoder, OpenClipEncoder):
+        raise ConfigError(
+            f"loss.sigmoid needs a logit_bias, which this {type(encoder).__name__} lacks. Start from SigLIP weights."
+        )
+    biased = construct(encoder.architecture.with_changes(init_logit_bias=START_LOGIT_BIAS), encoder.tokenize.folder)
+    bias = biased.weights()["logit_bias"]
+    biased.model.load_state_dict({**encoder.weights(), "logit_bias": bias})
+    biased.log_scale.data.fill_(math.log(START_LOGIT_SCALE))
+    return biased
+
+
+def _freeze_bias(encoder: DualEncoder) -> None:
+    """A softmax loss does not see the bias, and wrappers for several processes ask for every gradient."""
+    for name, parameter in encoder.named_parameters():
+        if name.rpartition(".")[2] == "logit_bias":
+            parameter.requires_grad_(False)
 
 
 def has_overlapping_convolutions(module: nn.Module) -> bool:
@@ -172,12 +211,19 @@ def build_loader(run: RunConfig, shards: ShardSet, encoder: DualEncoder) -> Load
         preprocess=encoder.preprocess,
         augment=_augment(run.data.augment),
         captions_per_image=run.data.captions_per_image,
+        token_dropout=run.data.token_dropout,
         seed=run.run.seed,
         workers=num_workers(run, encoder.device),
         rank=rank(),
         world_size=world_size(),
         max_bad_fraction=run.data.max_bad_fraction,
     )
+
+
+def rows_at_a_time(run: RunConfig) -> int:
+    """Images whose activations a process holds at once."""
+    share = run.data.global_batch_size // world_size()
+    return min(share, run.data.chunk_size or share)
 
 
 def num_workers(run: RunConfig, device: torch.device) -> int:

@@ -14,7 +14,7 @@ too large; batch statistics are updated once.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -142,7 +142,7 @@ def merge(parts: Sequence[Features], chunks: Sequence[Chunk]) -> Features:
         for name, value in parts[0].extra.items()
     }
     rows = dict.fromkeys(_OF_IMAGES, images) | dict.fromkeys(_OF_TEXTS, texts)
-    together = {
+    together: dict[str, Any] = {
         name: None if getattr(parts[0], name) is None else _in_order([getattr(part, name) for part in parts], order)
         for name, order in rows.items()
     }

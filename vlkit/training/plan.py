@@ -99,7 +99,7 @@ def dry_run(run: RunConfig) -> Plan:
     began = time.perf_counter()
     loss, kept = _train_on(learner, batch, run)
     seconds = time.perf_counter() - began
-    rows = run.data.global_batch_size // world_size()
+    rows = assemble.rows_at_a_time(run)
     if rows > tried:
         # Autocast keeps copies of the weights too, so what is kept is a line that does not pass through zero.
         _, kept_of_half = _train_on(learner, _first_half(batch), run)
@@ -126,7 +126,7 @@ def dry_run(run: RunConfig) -> Plan:
 
 
 def _rows_to_try(run: RunConfig, device: torch.device) -> int:
-    rows = run.data.global_batch_size // world_size()
+    rows = assemble.rows_at_a_time(run)
     return min(rows, _MOST_ROWS_ON_CPU) if device.type == "cpu" else rows
 
 

@@ -15,8 +15,6 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from vlkit.config import RunConfig, remarks
 from vlkit.contracts import ImageTextBatch, Progress
@@ -24,10 +22,13 @@ from vlkit.data.loader import Loader
 from vlkit.data.randomness import raw
 from vlkit.data.shard_index import ShardSet
 from vlkit.distributed import is_main, rank, world_size
+from vlkit.errors import ConfigError
 from vlkit.losses import LossOutput
 from vlkit.settings import Duration
 from vlkit.training import assemble
+from vlkit.training.cached import CachedStep, EncodeStep
 from vlkit.training.loop import Action, Every, Moment, NonFiniteError, fit
+from vlkit.training.parallel import on_ranks
 from vlkit.training.run_folder import RunFolder, Say, Start, continue_run, identity, require_no_run
 
 _log = logging.getLogger(__name__)
@@ -135,18 +136,38 @@ def _pretrain(
 def _make_step(run: RunConfig, module: assemble.PretrainStep) -> Callable[[ImageTextBatch, int], LossOutput]:
     """One training step up to and with backward."""
     device = module.encoder.device
-    model: nn.Module = module
-    if world_size() > 1:
-        model = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+    chunk_size = assemble.rows_at_a_time(run)
+    whole = chunk_size == run.data.global_batch_size // world_size()
+    parallel = on_ranks(module if whole else EncodeStep(module.encoder, module.features), "ddp", device)
+    cached = CachedStep(
+        parallel.model, module.objective, chunk_size, device, to_device=assemble.to_device, sync=parallel.sync
+    )
+
+    def plain(batch: ImageTextBatch, i: int) -> LossOutput:
+        output: LossOutput = parallel.model(assemble.to_device(batch, device), i)
+        torch.autograd.backward(output.total)
+        return output
 
     def step(batch: ImageTextBatch, i: int) -> LossOutput:
         # Dropout and the like draw from the step's own numbers: a resumed run needs no state for them, on any rank.
         torch.manual_seed(int(raw(run.run.seed, i, rank(), "training step", 1)[0]))
-        output: LossOutput = model(assemble.to_device(batch, device), i)
-        torch.autograd.backward(output.total)
+        try:
+            output = plain(batch, i) if whole else cached(batch, i)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(_too_large(run, chunk_size)) from error
+        parallel.finish(module.parameters())
         return output
 
     return step
+
+
+def _too_large(run: RunConfig, rows: int) -> str:
+    chunk = "" if run.data.chunk_size is None else f" (data.chunk_size = {run.data.chunk_size})"
+    return (
+        f"The device ran out of memory with {rows} images at a time{chunk}, of a batch of "
+        f"{run.data.global_batch_size}. Set data.chunk_size = {max(1, rows // 2)}, which changes no gradient and costs "
+        "a second forward, or lower data.global_batch_size."
+    )
 
 
 def _entries(run: RunConfig, every: Sequence[Every], progress: Progress, folder: RunFolder | None) -> list[Every]:

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from data_tools.build import build_shards
 from vlkit.data.parquet_cells import read_cell
 from vlkit.data.sources import read_source
 from vlkit.errors import ConfigError, DataError
@@ -165,3 +166,9 @@ def test_cells(tmp_path):
         read_cell(path, 0, "png")
     with pytest.raises(DataError, match=r"Cannot read"):
         read_cell(str(tmp_path / "gone.parquet"), 0, "jpg")
+
+
+def test_shards_are_built_from_parquet(tmp_path):
+    build_shards(read_source(img2dataset(tmp_path / "00000.parquet")), tmp_path / "out", shuffle=True)
+    found = {record.captions: record.image.read() for record in read_source(tmp_path / "out")}
+    assert found == {(f"caption {row}",): jpeg(row) for row in (0, 1, 3, 4)}

@@ -116,3 +116,14 @@ def test_split_of_shards_built_from_a_source_that_names_some(tmp_path):
     build_shards(read_source(tmp_path / "pairs.csv", images=tmp_path / "images"), tmp_path / "out")
     assert [record.split for record in read_source(tmp_path / "out")] == [None, "test", "train"]
     assert [record.captions for record in read_source(tmp_path / "out", split="test")] == [("y",)]
+
+
+def test_shards_of_img2dataset(tmp_path):
+    for shard in ("00000", "00001"):
+        files = [sample(f"{shard}{row:04d}", b"a dog", json=b'{"status": "success"}') for row in (0, 2)]
+        write_tar(tmp_path / f"{shard}.tar", files[0] + files[1])
+        (tmp_path / f"{shard}.parquet").write_bytes(b"all rows, failures too")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    source = read_source(tmp_path)
+    assert (source.format, len(source)) == ("webdataset", 4)
+    assert source.problems.lines() == ["1 x tar that img2dataset did not finish: no _stats.json (kept): 00001.tar"]

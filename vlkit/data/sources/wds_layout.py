@@ -1,7 +1,7 @@
 """The files that CLIP_benchmark's `wds` layout lays beside its tars, about 40 data sets of which are on the Hub.
 
-    vtab-pets/classnames.txt, zeroshot_classification_templates.txt, dataset_type.txt
-    vtab-pets/test/nshards.txt, 0.tar, 1.tar, ...
+vtab-pets/classnames.txt, zeroshot_classification_templates.txt, dataset_type.txt
+vtab-pets/test/nshards.txt, 0.tar, 1.tar, ...
 """
 
 import io

@@ -56,6 +56,7 @@ def read_webdataset(path: Path, options: SourceOptions) -> Source:
     records: list[Record] = []
     for folder, split in _folders_to_read(path, options.split):
         check_shard_count(folder)
+        _note_unfinished(folder, problems)
         for shard in ShardSet.open(str(folder)).shards:
             multi_label = dataset_type(shard.path.parent) == MULTI_LABEL
             _merge(shard.problems, shard.path.name, problems, labelled=multi_label)
@@ -119,13 +120,21 @@ def _folders_to_read(path: Path, split: str | None) -> list[tuple[Path, str | No
     return [(path, None)]
 
 
+def _note_unfinished(folder: Path, problems: Problems) -> None:
+    """img2dataset writes a shard's statistics last; what of its tar is whole is used all the same."""
+    if folder.is_dir() and any(folder.glob("*_stats.json")):
+        for tar in sorted(folder.glob("*.tar")):
+            if not tar.with_name(f"{tar.stem}_stats.json").is_file():
+                problems.add("tar that img2dataset did not finish: no _stats.json (kept)", tar.name)
+
+
 def _records(shard: "ShardIndex", split: str | None, multi_label: bool, problems: Problems) -> Iterator[Record]:
     has_own = split is None and _names_split(shard)
     for row in range(shard.num_samples):
         key = f"{shard.name}/{shard.key(row)}" if split is None else f"{split}/{shard.name}/{shard.key(row)}"
         try:
             own, labels = _own(shard, row) if has_own else (split, None)
-            labels = _labels(shard, row, key) if multi_label else labels
+            labels = _labels(shard, row, key) if labels is None and multi_label else labels
             record = Record(key, shard.image(row), shard.captions(row), shard.label(row), own, labels)
         except DataError as error:
             problems.add("label or captions that cannot be read", f"{key} ({error})")

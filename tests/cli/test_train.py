@@ -1,0 +1,153 @@
+"""`vlkit train` as it is called: a run, its continuation, its plan, and what it says about mistakes."""
+
+import io
+import json
+import os
+import re
+import signal
+import tarfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlkit.configs import shipped_runs
+
+RUN = """
+[run]
+out = "{folder}/out"
+steps = 6
+device = "cpu"
+
+[model.architecture]
+embed_dim = 16
+vision_cfg = {{ image_size = 16, layers = 1, width = 32, head_width = 16, patch_size = 8 }}
+text_cfg = {{ context_length = 16, vocab_size = 49408, width = 32, heads = 2, layers = 1 }}
+
+[data]
+train = "{folder}/shards"
+val = "{folder}/shards/00000.tar"
+global_batch_size = 8
+workers = 0
+
+[[eval]]
+name = "retrieval"
+every = "3 steps"
+
+[checkpoint]
+every = "3 steps"
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    (tmp_path / "shards").mkdir()
+    pixels = np.random.default_rng(0)
+    for shard in range(2):
+        with tarfile.open(tmp_path / "shards" / f"{shard:05d}.tar", "w") as tar:
+            for i in range(10):
+                picture = io.BytesIO()
+                Image.fromarray(pixels.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(picture, "PNG")
+                for suffix, content in (("png", picture.getvalue()), ("txt", f"thing {shard} {i}".encode())):
+                    member = tarfile.TarInfo(f"{shard}{i:05d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    path = tmp_path / "run.toml"
+    path.write_text(RUN.format(folder=tmp_path))
+    return path
+
+
+def test_a_run_its_continuation_and_a_second_start(run_file: Path, call_vlkit: Callable[..., Any]) -> None:
+    done = call_vlkit("train", run_file, "--set", "optim.lr=3e-3", "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    out = run_file.parent / "out"
+    assert result["model"] == f"run:{out}" and result["step"] == 6
+    assert result["eval"]["text_to_image/recall@10"] == 1.0  # ten images, ten texts
+    assert "step 1/6  loss " in done.err and "temperature 0.07" in done.err
+    assert "step 6/6" in done.err and "samples/s" in done.err and "data wait" in done.err and "left 0:00" in done.err
+    assert "step 3: image_to_text/recall@1" in done.err
+    assert json.loads((out / "config.json").read_text())["optim"]["lr"] == 3e-3
+
+    again = call_vlkit("train", run_file)
+    assert again.code == 1 and "holds a run already" in again.err and "--resume" in again.err
+
+    longer = call_vlkit("train", run_file, "--set", "run.steps=8", "--resume")
+    assert longer.code == 0
+    assert "Continuing with other settings" in longer.err and "run.steps: 6 -> 8" in longer.err
+    assert "Training is complete" in longer.out and "step" in longer.out
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 9))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(run_file: Path, call_vlkit: Callable[..., Any], number: int) -> None:
+    out = run_file.parent / "out"
+    before = signal.getsignal(number)
+    sender = threading.Thread(target=signal_after_two_steps, args=(out / "metrics.jsonl", number))
+    sender.start()
+    stopped = call_vlkit("train", run_file, "--set", "run.steps=5000", "--set", "eval=[]", "--set", "data.val=x.tar")
+    sender.join()
+    assert stopped.code == 128 + number, stopped.err
+    said = re.search(r"Stopped after step (\d+) of 5000, with a checkpoint\. --resume continues\.", stopped.err)
+    assert said is not None
+    assert "data.val has no effect" in stopped.err
+    assert (out / "checkpoints" / f"step_{int(said[1]):08d}").is_dir() and not (out / "model").exists()
+    assert signal.getsignal(number) is before
+
+
+def signal_after_two_steps(metrics: Path, number: int) -> None:
+    while not metrics.is_file() or metrics.read_text().count("\n") < 2:
+        time.sleep(0.01)
+    os.kill(os.getpid(), number)
+
+
+def test_a_plan_is_printed_and_nothing_written(run_file: Path, call_vlkit: Callable[..., Any]) -> None:
+    plan = call_vlkit("train", run_file, "--dry-run", "--resume", "--set", "eval.0.data=nowhere")
+    assert plan.code == 0, plan.err
+    for words in ("parameters, image", "20 samples in 2 shards", "steps per epoch", "memory, activations", "cosine"):
+        assert words in plan.out
+    assert "retrieval" in plan.out and "nowhere" in plan.out
+    assert "--resume has no effect with --dry-run." in plan.err
+    assert not (run_file.parent / "out").exists()
+
+
+@pytest.mark.parametrize("name", shipped_runs())
+def test_every_shipped_run_has_a_plan(
+    name: str, call_vlkit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = call_vlkit("train", name, "--dry-run", "--json", "--set", "data.global_batch_size=4")
+    assert done.code == 0, done.err
+    plan = json.loads(done.out)
+    assert plan["parameters"]["image"]["total"] > 0 and plan["parameters"]["text"]["total"] > 0
+    assert plan["memory"]["rows_measured"] == 4 and plan["loss"] > 0
+    assert "No shard at" in plan["data"]["problem"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing.toml"], "No run file nothing.toml"),
+        (["demoo"], "Did you mean demo?"),
+        (["{run}", "--set", "optim.lrr=1"], "optim.lrr: unknown key. Did you mean lr?"),
+        (["{run}", "--set", 'optim.lr="x"', "--set", "run.seed=-1"], "has 2 problems:"),
+        (["{run}", "--set", "data.train=nowhere", "--set", "eval=[]"], "No shard at nowhere"),
+        (["{run}", "--set", "eval.0.data=nowhere"], "nowhere"),
+        (["{run}", "--set", "model.architecture.embed=3"], "embed"),
+    ],
+)
+def test_mistakes_end_with_one_message(
+    run_file: Path, call_vlkit: Callable[..., Any], arguments: list[str], message: str
+) -> None:
+    done = call_vlkit("train", *(argument.replace("{run}", str(run_file)) for argument in arguments))
+    assert done.code == 1
+    assert "vlkit: " in done.err and message in done.err
+    assert done.out == ""
+    assert not (run_file.parent / "out").exists()
