@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
+from torch.nn import functional as F
 
 THUMBNAIL = 64  # pixels a side
 RADIUS = 10  # bits within which two images may be copies
@@ -37,7 +37,7 @@ _FLAT = 2.0  # grey levels (standard deviation): below, the signs are those of n
 
 def thumbnail(image: Tensor) -> NDArray[np.uint8]:
     """An image (3, H, W) uint8 as (64, 64, 3) uint8; the aspect ratio is given up, as copies give it up too."""
-    small = transforms.resize(image, [THUMBNAIL, THUMBNAIL], antialias=True)
+    small = F.interpolate(image[None], (THUMBNAIL, THUMBNAIL), mode="bilinear", antialias=True)[0]
     return np.ascontiguousarray(small.permute(1, 2, 0).numpy())
 
 

@@ -248,7 +248,7 @@ def flips_anywhere(random, data):
 
 
 def flips_in_a_header(random, data):
-    place = 512 * int(random.integers(len(data) // 512))
+    place = 512 * int(random.integers(max(len(data) // 512, 1)))
     return data[:place] + flip_bits(random, data[place : place + 512], 4) + data[place + 512 :]
 
 

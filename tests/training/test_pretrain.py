@@ -256,7 +256,9 @@ def test_what_is_kept(make_run: Callable[..., RunConfig]) -> None:
 
 def test_a_best_metric_that_is_not_measured_is_said(make_run: Callable[..., RunConfig]) -> None:
     said: list[str] = []
-    run = make_run("run.steps=1", "checkpoint.keep_best=recall@1", 'eval=[{name="retrieval", data="x"}]')
+    run = make_run(
+        "run.steps=1", "optim.warmup=0", "checkpoint.keep_best=recall@1", 'eval=[{name="retrieval", data="x"}]'
+    )
     pretrain(run, [Every(Duration(1, "steps"), lambda moment: {"recall@10": 1.0})], say=said.append)
     assert said == ["checkpoint.keep_best = 'recall@1': step 1 was evaluated without it. Did you mean recall@10?"]
 
@@ -340,7 +342,10 @@ def test_what_cannot_start(make_run: Callable[..., RunConfig], tmp_path: Path) -
 def test_settings_without_effect_are_said(make_run: Callable[..., RunConfig]) -> None:
     said: list[str] = []
     pretrain(make_run("run.steps=1", "optim.schedule=constant", "optim.min_lr=1e-3"), say=said.append)
-    assert said == ["optim.min_lr = 0.001 has no effect: the schedule is constant."]
+    assert said == [
+        "optim.min_lr = 0.001 has no effect: the schedule is constant.",
+        "optim.warmup is 2 steps and the run has 1: optim.lr is never reached.",
+    ]
 
 
 def test_progress_is_told(make_run: Callable[..., RunConfig]) -> None:

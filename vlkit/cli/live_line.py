@@ -73,14 +73,16 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0  # the number of the signal
+        self.training = False  # whether a step was done
 
     def __call__(self) -> bool:
         """Whether to stop."""
+        self.training = True
         return self.signal != 0
 
 
 @contextmanager
-def stop_on_signals(live: LiveLine) -> Iterator[StopRequest]:
+def stop_on_signals() -> Iterator[StopRequest]:
     """SIGTERM or Ctrl-C end training after the current step, with a checkpoint.
 
     Before the first step, or when it comes a second time, a signal ends the command at once.
@@ -88,7 +90,7 @@ def stop_on_signals(live: LiveLine) -> Iterator[StopRequest]:
     request = StopRequest()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if live.moment is None or request():
+        if not request.training or request.signal:
             raise SystemExit(128 + number)
         request.signal = number
 

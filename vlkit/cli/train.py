@@ -51,10 +51,10 @@ def _train(run: "RunConfig", resume: bool, json: bool) -> None:
 
     is_main = os.environ.get("RANK", "0") == "0"
     every = make_every(run) if is_main else []
-    with live_line() as live, stop_on_signals(live) as stop:
+    with live_line() as live, stop_on_signals() as stop:
         shown = Every(Duration(1, "steps"), live.update)
         out = pretrain(run, every=[*every, shown], resume=resume, say=say, stop=stop)
-    if live.moment is not None and not live.moment.last:
+    if stop.signal and not (live.moment is not None and live.moment.last):
         raise SystemExit(128 + stop.signal)
     if is_main:
         _show_result(out, json)

@@ -71,7 +71,7 @@ def group_samples(members: TarMembers, problems: Problems, notes: Problems) -> S
     without_caption = (chosen["caption"] < 0) & (chosen["json"] < 0) & (chosen["cls"] < 0)
     kept = np.ones(len(runs.keys), bool)
     kept[list(left_out)] = False
-    for run in np.flatnonzero(kept & without_caption):
+    for run in np.flatnonzero(kept & without_caption).tolist():
         problems.add("no caption and no label (kept)", _text(runs.keys[run]))
     return _assemble(runs, kept, chosen, problems, notes)
 
@@ -127,7 +127,8 @@ def _has_all_of_previous(runs: _Runs, last: int) -> bool:
 
 def _repeated_suffix(runs: _Runs) -> Array:
     pairs = np.sort(runs.run * (len(runs.suffixes) + 1) + runs.code)
-    return pairs[1:][pairs[1:] == pairs[:-1]] // (len(runs.suffixes) + 1)
+    repeated: Array = pairs[1:][pairs[1:] == pairs[:-1]] // (len(runs.suffixes) + 1)
+    return repeated
 
 
 def _mark_recurring_keys(runs: _Runs, left_out: dict[int, str]) -> None:

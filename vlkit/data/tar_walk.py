@@ -238,7 +238,8 @@ def _wrong_sums(blocks: NDArray[np.uint8]) -> NDArray[np.bool_]:
         number = _number(blocks[row, 148:156].tobytes())
         stated[row] = -1 if number is None else number
     own = blocks[:, 148:156].sum(axis=1, dtype=np.int64)
-    return _row_sums(blocks) - own + 8 * 32 != stated
+    wrong: NDArray[np.bool_] = _row_sums(blocks) - own + 8 * 32 != stated
+    return wrong
 
 
 def _row_sums(blocks: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -246,7 +247,8 @@ def _row_sums(blocks: NDArray[np.uint8]) -> NDArray[np.int64]:
     words = blocks.view(np.uint64)
     lanes = np.uint64(0x00FF00FF00FF00FF)
     totals = ((words & lanes) + ((words >> np.uint64(8)) & lanes)).sum(axis=1)
-    return totals.view(np.uint16).reshape(-1, 4).sum(axis=1, dtype=np.int64)
+    sums: NDArray[np.int64] = totals.view(np.uint16).reshape(-1, 4).sum(axis=1, dtype=np.int64)
+    return sums
 
 
 def _right_signed_sum(block: NDArray[np.uint8]) -> bool:

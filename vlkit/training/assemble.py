@@ -48,6 +48,7 @@ class Course(NamedTuple):
     steps: int
     pace: Pace
     schedule: Callable[[int], float]  # step -> learning rate
+    warmup: int  # steps
 
 
 class PretrainStep(nn.Module):
@@ -199,7 +200,8 @@ def plan_course(run: RunConfig, steps_per_epoch: int) -> Course:
     batch_size = run.data.global_batch_size
     steps = max(1, run.run.length.in_steps(total=0, steps_per_epoch=steps_per_epoch, batch_size=batch_size))
     schedule = make_schedule(run.optim, steps=steps, steps_per_epoch=steps_per_epoch, batch_size=batch_size)
-    return Course(steps, Pace(batch_size, steps_per_epoch), schedule)
+    warmup = run.optim.warmup.in_steps(total=steps, steps_per_epoch=steps_per_epoch, batch_size=batch_size)
+    return Course(steps, Pace(batch_size, steps_per_epoch), schedule, warmup)
 
 
 def build_loader(run: RunConfig, shards: ShardSet, encoder: DualEncoder) -> Loader:

@@ -102,6 +102,8 @@ def _pretrain(
     with ExitStack() as stack:
         loader = stack.enter_context(assemble.build_loader(run, shards, learner.encoder))
         course = assemble.plan_course(run, loader.num_batches)
+        if course.warmup > course.steps:
+            say(f"optim.warmup is {course.warmup} steps and the run has {course.steps}: optim.lr is never reached.")
         same = identity(run, learner.encoder, shards)
         start = continue_run(run, learner, same, say) if resume else Start(0, 0.0)
         batches = stack.enter_context(closing(assemble.batches_from(loader, start.step)))
@@ -120,7 +122,7 @@ def _pretrain(
                 seconds=start.seconds,
                 clip_norm=run.optim.clip_norm,
                 watch=lambda: {"logit_scale": learner.encoder.logit_scale()},
-                stop=stop,
+                stop=_on_any_rank(stop, device),
             )
         except NonFiniteError as error:
             if folder is not None:
@@ -131,6 +133,19 @@ def _pretrain(
             say(f"Stopped after step {done} of {course.steps}, with a checkpoint. --resume continues.")
         elif folder is not None:
             folder.finish()
+
+
+def _on_any_rank(stop: Callable[[], bool], device: torch.device) -> Callable[[], bool]:
+    """Whether any process was asked to stop: a signal may reach them in different steps."""
+    if world_size() == 1:
+        return stop
+
+    def asked() -> bool:
+        flag = torch.tensor(float(stop()), device=device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag)
+
+    return asked
 
 
 def _make_step(run: RunConfig, module: assemble.PretrainStep) -> Callable[[ImageTextBatch, int], LossOutput]:
