@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader
 from data_tools.dedupe import KINDS, DedupeReport
 from data_tools.leakage import COLUMNS, Leak, LeakageReport
 from data_tools.sample_facts import thumbnail_of
+from data_tools.signatures import normal_caption
 from vlkit.data.records import Record
 from vlkit.data.shard_index import ShardSet
 from vlkit.errors import DataError
@@ -16,7 +17,7 @@ from vlkit.escape import one_line
 
 _SIDE = 160  # pixels of a thumbnail
 _PAIRS = 60  # of a section
-_MAX_CAPTIONS = 5
+_MAX_CAPTIONS = 3
 _SAYS = {
     "bytes": "same bytes",
     "pixels": "same pixels",
@@ -46,11 +47,12 @@ class Pair(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Pairs of one kind; `total` counts those that are not shown too."""
+    """Pairs of one kind; `total` counts those that are not shown too, `ranked` ones begin with the least alike."""
 
     title: str
     total: int
     pairs: list[Pair]
+    ranked: bool
 
 
 def write_dedupe_page(report: DedupeReport, path: str | Path) -> None:
@@ -85,8 +87,10 @@ def write_leakage_page(report: LeakageReport, path: str | Path) -> None:
             found = sorted((leak for leak in leaks if leak.kind == kind), key=lambda leak: (leak.similarity, leak))
 
             def pair(leak: Leak, name: str = name) -> Pair:
-                says = _SAYS[leak.kind].format(leak.similarity)
                 record = report.sources[name].records[leak.record]
+                says = _SAYS[leak.kind].format(leak.similarity)
+                if leak.kind == "captions":
+                    says += f": {_shared_caption(report.shards, leak.sample, record)}"
                 return Pair(says, _sample(report.shards, leak.sample, "training"), _record(record, "evaluation"))
 
             sections += _section(f"{name}: {_SAYS[kind].partition(',')[0]}", found, pair)
@@ -94,7 +98,7 @@ def write_leakage_page(report: LeakageReport, path: str | Path) -> None:
 
 
 def _section(title: str, items: Sequence[Item], pair: Callable[[Item], Pair]) -> list[Section]:
-    return [Section(title, len(items), [pair(item) for item in items[:_PAIRS]])] if items else []
+    return [Section(title, len(items), [pair(item) for item in items[:_PAIRS]], "near" in title)] if items else []
 
 
 def _sample(shards: ShardSet, sample: int, role: str) -> Side:
@@ -104,6 +108,12 @@ def _sample(shards: ShardSet, sample: int, role: str) -> Side:
     except DataError:
         captions = ()
     return Side(role, shards.key(sample), thumbnail_of(shard.image_bytes(row), "image", _SIDE), captions)
+
+
+def _shared_caption(shards: ShardSet, sample: int, record: Record) -> str:
+    shard, row = shards.locate(sample)
+    own = {normal_caption(text) for text in shard.captions(row)}
+    return next((text for text in record.captions if normal_caption(text) in own), "")
 
 
 def _record(record: Record, role: str) -> Side:

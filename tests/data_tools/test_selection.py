@@ -173,3 +173,46 @@ def test_commands(shards, tmp_path, capsys):
     assert code == 1 and "problem: " in out and "left out: " in err and "left_out.jsonl there lists" in err
     code, out, _ = run(capsys, "shards", "validate", tmp_path / "fixed", *one)
     assert code == 0 and "ok" in out
+
+
+@pytest.mark.slow
+def test_a_model_scores_pairs_and_confirms_copies(shards, tmp_path, capsys):
+    import torch
+
+    from vlkit.models.load import load_embedder
+    from vlkit.models.open_clip_encoder import build_encoder
+    from vlkit.models.saved import save_encoder
+
+    text = {"context_length": 16, "width": 32, "heads": 2, "layers": 1}
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8}
+    torch.manual_seed(0)
+    save_encoder(build_encoder({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}), tmp_path / "model")
+    model = ("--model", f"local-dir:{tmp_path / 'model'}", "--device", "cpu", "--workers", 1)
+    records = []
+    for seed in (1, 1, 2):
+        pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).resize((96, 96)).save(buffer, "JPEG", quality=70 + len(records))
+        records.append(Record(f"image{len(records)}", ImageRef(data=buffer.getvalue()), (f"text {seed}", "two texts")))
+    build_shards(Source(tuple(records), "table", tmp_path), tmp_path / "s")
+
+    code, out, _ = run(
+        capsys, "shards", "select", tmp_path / "s", "--keep-fraction", 0.34, "--write-scores", tmp_path / "x.parquet",
+        "--json", *model,
+    )  # fmt: skip
+    scores = pq.read_table(tmp_path / "x.parquet").column("score").to_pylist()
+    embedder = load_embedder(f"local-dir:{tmp_path / 'model'}", "cpu")
+    images = embedder.embed_images(records)
+    texts = [embedder.embed_texts(list(record.captions)) for record in records]
+    expected = [float((image @ text.T).mean()) for image, text in zip(images, texts, strict=True)]
+    assert code == 0 and scores == pytest.approx(expected, abs=1e-6)
+    assert json.loads(out)["num_kept"] == 1 and json.loads(out)["threshold"] == pytest.approx(max(expected))
+    again = ("--scores", tmp_path / "x.parquet", "--workers", 1)
+    code, out, _ = run(capsys, "shards", "select", tmp_path / "s", "--json", *again)
+    assert code == 0 and json.loads(out)["num_scored"] == 3
+
+    code, out, _ = run(capsys, "shards", "dedupe", tmp_path / "s", "--json", *model)
+    assert code == 0 and json.loads(out)["copies"]["near"] == 1
+    against = ("--against", f"e={tmp_path / 's'}")
+    code, out, _ = run(capsys, "shards", "leakage", tmp_path / "s", *against, "--json", *model)
+    assert code == 0 and json.loads(out)["sets"]["e"]["images_in_training"] == 3

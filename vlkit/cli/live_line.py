@@ -47,7 +47,7 @@ class LiveLine:
         if moment.metrics:
             values = "  ".join(f"{name} {value:.4f}" for name, value in moment.metrics.items())
             text = f"step {moment.step}: {values}"
-            say(text) if quiet else self._bar.console.print(escape_markup(text))
+            say(text) if quiet else self._bar.console.print(text)
 
     def _line(self, moment: "Moment", batch_size: float) -> str:
         state = f"loss {moment.loss:.3f}  temperature {1 / moment.watched['logit_scale']:.4f}"

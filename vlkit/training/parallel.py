@@ -15,8 +15,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vlkit.distributed import average_gradients, world_size
@@ -55,18 +53,22 @@ def on_ranks(module: nn.Module, how: How, device: torch.device) -> Parallel:
         )
     shard(module)
     # Gradients are exchanged after each chunk: to add them up first would need all of them on every process.
-    return Parallel(
-        module,
-        lambda last: nullcontext(),
-        lambda parameters: average_gradients(p for p in parameters if not isinstance(p, DTensor)),
-    )
+    return Parallel(module, lambda last: nullcontext(), _average_unsharded)
 
 
 def shard(module: nn.Module) -> None:
     """FSDP2 on each block of its towers and on what remains; parameters without dimensions stay whole."""
+    from torch.distributed.fsdp import fully_shard  # half a second that only this needs
+
     whole = {parameter for parameter in module.parameters() if parameter.ndim == 0}
     for child in list(module.modules()):
         if isinstance(child, nn.ModuleList):
             for block in child:
                 fully_shard(block, ignored_params=whole)
     fully_shard(module, ignored_params=whole)
+
+
+def _average_unsharded(parameters: Iterable[nn.Parameter]) -> None:
+    from torch.distributed.tensor import DTensor
+
+    average_gradients(parameter for parameter in parameters if not isinstance(parameter, DTensor))
