@@ -3,8 +3,9 @@
 The bits are the signs of the 64 lowest frequencies of the luminance (pHash), taken from a thumbnail and, so that a
 cropped copy is found too, from several windows of it. Which window fits best is told along with a match.
 
-On Flickr8k, within 10 bits of the original: every copy that was re-encoded (quality 30), halved or squashed; 99.5% of
-those cut by up to 5% at each side, 94% by up to 10%. Of 33 million pairs of its distinct images 8 are as close.
+Of 400 photographs of Flickr8k (224 x 224), within 10 bits: every copy that was re-encoded (quality 30), halved or
+squashed, 99.8% of those cut at random by up to 5% at each side, 98% by up to 8%, 95% by up to 10%. Of 33 million pairs
+of its distinct images a hundred are as close; `same_picture` tells them apart.
 """
 
 import math

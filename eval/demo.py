@@ -93,7 +93,9 @@ def run_demo(
         for name, kinds, seed in (("seen", SEEN, 1), ("held_out", HELD_OUT, 2)):
             write_class_folder(out / "photos" / name, kinds, PER_CLASS, seed)
     with _timed("train", timings), bars("train", "steps") as tick:
-        pretrain(run, every=every, resume=True, progress=tick, say=say)
+        # Only a folder that holds a run is continued: the first demo need not hear that there is nothing to continue.
+        begun = (out / "config.json").exists() or (out / "checkpoints").exists()
+        pretrain(run, every=every, resume=begun, progress=tick, say=say)
     with _timed("evaluate", timings):
         embedder = load_embedder(f"run:{out}", device="cpu")
         seen = _classify(out / "photos" / "seen").run(embedder)

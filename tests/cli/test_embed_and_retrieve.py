@@ -229,9 +229,7 @@ def test_the_page_shows_hostile_captions_as_text(
     assert text.count("data:image/jpeg") == 2  # the query and the photograph that is still there
 
 
-def test_an_index_follows_its_collection(
-    call_vlkit: CALL, models: list[str], photos: Path, tmp_path: Path
-) -> None:
+def test_an_index_follows_its_collection(call_vlkit: CALL, models: list[str], photos: Path, tmp_path: Path) -> None:
     folder, more = tmp_path / "features", tmp_path / "more"
     assert call_vlkit("embed", photos, "--model", models[0], "--out", folder).code == 0
     assert call_vlkit("index", "build", folder).code == 0
@@ -242,9 +240,7 @@ def test_an_index_follows_its_collection(
     }  # fmt: skip
     called = call_vlkit("index", "add", folder, more)
     assert called.code == 1 and "'x.png' stands twice" in called.err
-    answer = json.loads(
-        call_vlkit("retrieve", folder, "--image", tmp_path / "others" / "x.png", "-k", 1, "--json").out
-    )
+    answer = json.loads(call_vlkit("retrieve", folder, "--image", tmp_path / "others" / "x.png", "-k", 1, "--json").out)
     assert answer["results"][0]["path"] == str(tmp_path / "others" / "x.png")
     assert call_vlkit("index", "remove", folder, "x.png", "cat/0.png").code == 0
     assert json.loads(call_vlkit("index", "info", folder, "--json").out)["items"] == 6

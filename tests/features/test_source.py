@@ -81,9 +81,7 @@ def test_a_second_pass_encodes_nothing_and_gives_the_same(
     torch.testing.assert_close(first, expected, atol=1e-6, rtol=0)
 
 
-def test_only_new_images_are_encoded_and_the_order_stays(
-    counted: Counting, photos: list[Path], tmp_path: Path
-) -> None:
+def test_only_new_images_are_encoded_and_the_order_stays(counted: Counting, photos: list[Path], tmp_path: Path) -> None:
     expected = Embedder(counted, "small").embed_images(photos)
     cached(counted, tmp_path / "cache").embed_images(photos[2:7])
     counted.num_images = 0

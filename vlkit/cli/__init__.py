@@ -7,7 +7,6 @@ import errno
 import sys
 import warnings
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated, TextIO
 
 import typer
@@ -96,8 +95,6 @@ def _options(
 
 def _register() -> None:
     for name in COMMANDS:
-        if find_spec(f"vlkit.cli.{name}") is None:
-            continue
         module = import_module(f"vlkit.cli.{name}")
         if hasattr(module, "app"):
             app.add_typer(module.app, name=module.GROUP)
