@@ -97,6 +97,8 @@ class Feed(Generic[Finished]):
             with self._changed:
                 while not self._ready and not self._ended:
                     self._changed.wait(1.0)  # with a time limit, for Ctrl-C on Windows
+                if self._stop:  # closed meanwhile; what is ready still belongs to nobody, and the pipe is gone
+                    return
                 if not self._ready:
                     if self._error is not None:
                         raise self._error

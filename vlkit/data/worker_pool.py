@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import signal
 import sys
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -81,8 +82,8 @@ class WorkerPool:
         worker.tags.append(tag)
         return True
 
-    def wait(self, wake: Connection | None = None) -> list[tuple[Any, Any]]:
-        """Wait for results (as (tag, result)), for the end of a worker, or for `wake` to hold something.
+    def wait(self, wake: Connection | None = None, seconds: float | None = None) -> list[tuple[Any, Any]]:
+        """Wait for results (as (tag, result)), for the end of a worker, for `wake` to hold something, or so long.
 
         Raises:
             DataError: a worker ended.
@@ -91,7 +92,7 @@ class WorkerPool:
         """
         pipes = {worker.pipe: worker for worker in self._workers}
         ends = {worker.process.sentinel: worker for worker in self._workers}
-        ready = wait([*pipes, *ends, *([] if wake is None else [wake])])
+        ready = wait([*pipes, *ends, *([] if wake is None else [wake])], seconds)
         results = []
         for item in ready:
             if item is not wake and item in pipes:
@@ -101,10 +102,19 @@ class WorkerPool:
                 raise _death(ends[item])
         return results
 
-    def drain(self) -> None:
-        """Wait until no worker has a task; results are thrown away."""
+    def drain(self, seconds: float = 10.0) -> None:
+        """Wait until no worker has a task; results are thrown away.
+
+        Raises:
+            TimeoutError: a worker is still at work after `seconds`. One that was forked while another thread of this
+                process held a lock waits for that lock forever; such a pool can only be closed, which kills it.
+        """
+        deadline = time.monotonic() + seconds
         while self.busy:
-            self.wait()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"a data worker is still at work after {seconds:g} s")
+            self.wait(seconds=left)
 
     def close(self) -> None:
         """End the workers. May be called twice."""
