@@ -382,13 +382,15 @@ def test_image_size_replaces_that_of_the_preprocessing(shards: ShardSet) -> None
 
 
 SCRIPT = """
-    import json, multiprocessing, sys, time
+    import json, multiprocessing, signal, sys, time
     from vlkit.data.loader import Loader
     from vlkit.data.shard_index import ShardSet
     from vlkit.data.transforms import Preprocess
     from vlkit.models.tokenizers import CLIP_BPE, TextTokenizer
 
     if __name__ == "__main__":
+        # A job that a shell started in the background inherits a Ctrl-C that is ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         loader = Loader(ShardSet.open(sys.argv[1]), TextTokenizer(CLIP_BPE, 16), batch_size=4,
                         preprocess=Preprocess(size=16), workers=2, start_method=sys.argv[2])
         batches = loader.epoch(0)
