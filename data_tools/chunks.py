@@ -1,14 +1,11 @@
 """Work on every sample of a set of shards, in one process or several, with results in order."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from vlkit.contracts import Progress
-from vlkit.errors import DataError
+from vlkit.engine import map_parts
 
 CHUNK = 256  # samples: about a tenth of a second of decoding, so that progress moves and workers end together
 
@@ -40,32 +37,28 @@ def map_chunks(
     Args:
         work: a function of a module, so that it can be sent to another process.
         chunks: what to work on.
-        workers: processes; 0 works in this one. They are spawned, so a script that asks for them needs the usual
-            `if __name__ == "__main__":`.
+        workers: processes; up to 1 works in this one. They are spawned, so a script that asks for them needs the
+            usual `if __name__ == "__main__":`.
         progress: called with (samples done, all samples).
 
     Raises:
-        DataError: a worker died, as it does when memory runs out.
+        VlkitError: a worker died, as it does when memory runs out.
     """
     total = sum(chunk.stop - chunk.start for chunk in chunks)
     done = 0
-    for chunk, result in zip(chunks, _results(work, chunks, workers), strict=True):
+    for chunk, result in zip(chunks, _in_order(map_parts(work, chunks, workers)), strict=True):
         yield result
         done += chunk.stop - chunk.start
         if progress is not None:
             progress(done, total)
 
 
-def _results(work: Callable[[Chunk], Result], chunks: Sequence[Chunk], workers: int) -> Iterator[Result]:
-    if workers == 0:
-        yield from map(work, chunks)
-        return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    try:
-        yield from pool.map(work, chunks)
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"One of {workers} worker processes died, as happens when memory runs out. Use fewer --workers."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _in_order(results: Iterable[tuple[int, Result]]) -> Iterator[Result]:
+    """Results of parts that finish in any order; what is early waits here."""
+    early: dict[int, Result] = {}
+    following = 0
+    for position, result in results:
+        early[position] = result
+        while following in early:
+            yield early.pop(following)
+            following += 1

@@ -208,7 +208,7 @@ def test_workers_find_the_same(tmp_path):
     for number in range(2):
         files = [entry for i in range(4) for entry in sample(f"{number}{i}")]
         write_tar(tmp_path / f"{number}.tar", files + sample(f"{number}x", jpg=b"x"))
-    alone, together = validate_shards(tmp_path), validate_shards(tmp_path, workers=1)
+    alone, together = validate_shards(tmp_path), validate_shards(tmp_path, workers=2)
     assert alone.to_json() == together.to_json()
     assert alone.problems.counts == {"image that does not decode: not an image": 2}
 
