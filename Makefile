@@ -13,16 +13,18 @@ UNFINISHED := $(VENV)/.unfinished
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check slow bench notebooks readme
+.PHONY: help env demo test check slow s3 bench notebooks readme
 
 help:
 	@echo 'make demo       the whole story on generated data, offline, on a CPU; writes runs/demo/report.html'
 	@echo 'make test       the tests (ARGS="tests/losses -x" for some of them)'
 	@echo 'make check      ruff and mypy'
 	@echo 'make slow       the tests that take long, and those that need a GPU'
-	@echo 'make bench      the benchmarks'
+	@echo 'make s3         the tests of remote shards against your server: make s3 ENDPOINT=https://...'
+	@echo 'make bench      the benchmarks (ARGS=--json: one object a line)'
 	@echo 'make notebooks  writes notebooks/*.ipynb from their .py sources'
 	@echo 'make readme     writes the README'"'"'s table of methods'
+	@echo 'make encoder    trains the encoder of tests/data/encoder, or finds it in the cache ($$VLKIT_DATA; 45 minutes)'
 	@echo 'make env        only installs (PYTHON=python3.12 chooses the interpreter)'
 
 env: $(INSTALLED)
@@ -59,9 +61,14 @@ check: env
 slow: env
 	$(PYTEST) -m '(slow or gpu) and not network and not peers' $(ARGS)
 
+# The address of any S3 server; see the head of the test for the variables with bucket, key and secret.
+s3: env
+	@test -n "$(ENDPOINT)" || { echo "make s3 ENDPOINT=https://... (or http://127.0.0.1:9000)" >&2; exit 1; }
+	VLKIT_S3_ENDPOINT="$(ENDPOINT)" $(PYTEST) -m 'slow or not slow' tests/data/test_remote_s3.py $(ARGS)
+
 bench: env
 	@for script in tests/benchmarks/*.py; do \
-	    if [ -e "$$script" ]; then echo "== $$script"; $(BIN)/python "$$script" || exit 1; fi; \
+	    if [ -e "$$script" ]; then echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; fi; \
 	done
 
 notebooks: env
@@ -69,3 +76,6 @@ notebooks: env
 
 readme: env
 	$(BIN)/python tests/test_readme.py
+
+encoder: env
+	$(BIN)/python tests/data/make_encoder.py

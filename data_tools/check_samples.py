@@ -15,6 +15,7 @@ from vlkit.data.decode import BrokenImageError, decode_image
 from vlkit.data.shard_columns import Columns
 from vlkit.data.shard_index import MAX_CLASSES
 from vlkit.data.shard_sidecar import build_table
+from vlkit.data.tar_walk import open_tar
 from vlkit.errors import DataError
 
 _DECODE_SIDE = 32  # JPEGs may be decoded this much smaller: all their data are still read, in half the time
@@ -112,7 +113,7 @@ def _check_sum(path: Path) -> list[tuple[str, str]]:
     stated = (parse_object(file.read_bytes()) or {}).get("tar_sha256") if file.is_file() else None
     if stated is None:
         return []
-    with open(path, "rb") as tar:
+    with open_tar(path) as tar:
         found = hashlib.file_digest(tar, "sha256").hexdigest()
     return [] if found == stated else [("tar whose checksum differs from its stats", path.name)]
 

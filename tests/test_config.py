@@ -79,7 +79,7 @@ def test_settings_are_frozen(path: Path) -> None:
     [
         ("optim.lrr=1", "optim.lrr: unknown key. Did you mean lr?"),
         ("lr=1", "lr: unknown key. Did you mean optim.lr?"),
-        ("data.hflip=0.5", "data.hflip: unknown key. Did you mean data.augment.hflip?"),
+        ("data.hflip=0.5", "data.hflip: unknown key. Did you mean data.augment.hflip or data.second_view.hflip?"),
         ("optimizer.lr=1", "optimizer: unknown key. Did you mean optim?"),
         ('optim.lr="fast"', 'optim.lr = "fast": expected a valid number.'),
         ("optim.lr=-1", "optim.lr = -1: expected greater than 0."),

@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from vlkit.configs import shipped_runs
 from vlkit.errors import ConfigError, did_you_mean
+from vlkit.run_sections import LoraSettings, LossSettings, StageSettings, check_stages
 from vlkit.settings import (
     Count,
     Device,
@@ -31,6 +32,8 @@ from vlkit.settings import (
     Period,
     Positive,
     Settings,
+    Size,
+    Sources,
     Text,
     Workers,
     apply_override,
@@ -44,15 +47,6 @@ EXCLUSIVE = (
 )
 
 
-def _weight_as_table(term: object) -> object:
-    """`clip = 0.5` is short for `clip = { weight = 0.5 }`."""
-    if term is None or isinstance(term, dict):
-        return term
-    if isinstance(term, int | float) and not isinstance(term, bool) and 0 < term < float("inf"):
-        return {"weight": float(term)}
-    raise ValueError('expected a weight above 0, or a table such as { weight = 1.0, duplicates = "mask" }')
-
-
 class RunSettings(Settings):
     """[run]: where the results go, and how long the run is: exactly one of epochs, steps, samples."""
 
@@ -62,6 +56,13 @@ class RunSettings(Settings):
     steps: Count | None = None
     samples: Count | None = None
     device: Device = "auto"  # auto: the first of cuda, mps, cpu
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: each process keeps a share of weights and optimiser state
+    # A process that says nothing for so many seconds is taken for dead, and the others stop.
+    peer_timeout: Annotated[float, Field(ge=3, allow_inf_nan=False)] = 60.0
+    trackers: tuple[Text, ...] = ()  # "tensorboard", or a module with wandb's interface: "wandb", "trackio", ...
+    peak_tflops: Positive | None = None  # of one device in this precision, for the MFU; default: from a table
+    # When the loss is no number: so many times go back to the last checkpoint and leave out the data since then.
+    rewinds: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -83,13 +84,34 @@ class ModelSettings(Settings):
     architecture: dict[str, Any] | None = None  # open_clip's model_cfg: embed_dim, vision_cfg, text_cfg, ...
     init: Text | None = None  # any load_encoder name, e.g. "open_clip:ViT-B-32/laion2b_s34b_b79k"
     freeze: tuple[Literal["image", "text"], ...] = ()  # towers that keep their weights
+    # How many of the last layers of a frozen tower are trained all the same.
+    unfreeze: dict[Literal["image", "text"], Count] = Field(default_factory=dict)
+    lora: LoraSettings | None = None
+    # FLIP: share of the patches left out in training, except in the last part of the run.
+    patch_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    patch_dropout_tail: Part = Duration(0.1, "fraction")
+    grad_checkpointing: bool = False  # compute activations again in backward instead of keeping them
+    compile: bool = False  # torch.compile on each block of the towers
 
     @model_validator(mode="after")
     def _one_model(self) -> Self:
         _check_exactly_one(self, "name", "architecture", "init")
-        if len(set(self.freeze)) == 2:
-            raise ValueError("freeze names both towers, so only the temperature would be trained; name one")
+        for tower in self.unfreeze:
+            if tower not in self.freeze:
+                raise ValueError(f"unfreeze names {tower}, which freeze does not: all of it is trained anyway")
         return self
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no weight of either tower is trained."""
+        return len(set(self.freeze)) == 2 and not self.unfreeze and self.lora is None
+
+
+class RandAugmentSettings(Settings):
+    """[data.augment.rand_augment]: a few random distortions of one strength, see `vlkit/data/rand_augment.py`."""
+
+    num_ops: Count = 2
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9
 
 
 class AugmentSettings(Settings):
@@ -101,6 +123,9 @@ class AugmentSettings(Settings):
     # Strength of brightness, contrast, saturation, hue.
     color_jitter: tuple[NotNegative, NotNegative, NotNegative, Annotated[float, Field(ge=0, le=0.5)]] | None = None
     grayscale: Fraction = 0.0  # probability of losing colour
+    rand_augment: RandAugmentSettings | None = None
+    # A JPEG is decoded at no less than so many times the image's size. 1 is faster on large ones, and less exact.
+    dct_scale: Literal[1, 2] = 2
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -110,46 +135,55 @@ class AugmentSettings(Settings):
         return self
 
 
+class CaptionSettings(Settings):
+    """[data.captions]: which texts an image has; data.captions_per_image says how many."""
+
+    fields: dict[Text, Positive] | None = None  # caption field of the .json ("txt": the .txt file) -> weight
+    sub_captions: Count | None = None  # so many parts of the captions, of a few sentences each, in their place
+    most_sentences: Count = 3  # of one part
+    templates: Text | None = None  # class names in place of captions: "imagenet80", a file, or a text with {}
+    class_names: Text | None = None  # file with a name a line; default: classnames.txt beside the shards
+    class_field: Text | None = None  # field of the .json with the class name, in place of the .cls file
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if self.templates is None:
+            alone = [name for name in ("class_names", "class_field") if getattr(self, name) is not None]
+            if alone:
+                raise ValueError(f"{alone[0]} is for templates, which are not given")
+        elif self.fields is not None or self.sub_captions is not None:
+            raise ValueError("templates take the place of captions; leave fields and sub_captions out")
+        elif self.class_names is not None and self.class_field is not None:
+            raise ValueError("class_names name the numbers in .cls files, class_field needs none; give one of them")
+        return self
+
+
 class DataSettings(Settings):
     """[data]: the shards and how they become batches."""
 
-    train: Paths  # tar, folder, glob, braces {00000..00099}, "a::b", or a list of these
+    # Tar, folder, glob, braces {00000..00099}, each a path or a URL; "a::b"; a list of these; or {path = weight, ...}.
+    train: Sources
     val: Paths | None = None  # shards for the [[eval]] entries that name no data
     image_size: Count | None = None  # side in pixels; default: the architecture's own
     global_batch_size: Annotated[int, Field(ge=2)] = 256  # images per step over all processes
     # Images a process embeds at a time, for batches that do not fit: the same gradients for a second forward.
     chunk_size: Count | None = None  # default: its whole share of the batch
     workers: Workers = "auto"  # decoding processes beside each training process
+    window: Count = 131_072  # samples mixed with each other; fewer read from fewer shards at a time
+    # "200 GB": what shards at URLs may take on this machine's disk, in the cache (VLKIT_CACHE) that all runs share.
+    cache_size: Size | None = None  # default: as set before, at first nine tenths of what the disk has free
+    remainder: Literal["drop", "keep"] = "drop"  # samples of an epoch that fill no batch; keep: with empty rows
+    samples_per_epoch: Count | None = None  # default: as many as there are
+    replacement: bool = False  # draw every sample anew from all: for sets too large to pass over
+    balance: Text | None = None  # equally many of each class in a batch: "cls", or a field of the .json
     max_bad_fraction: Fraction = 0.01  # the run stops when more of the samples than this cannot be read
     captions_per_image: Count = 1
+    captions: CaptionSettings | None = None
     # Probability that a token of a caption is left out: against learning few captions by heart.
     token_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     augment: AugmentSettings | None = AugmentSettings()  # `augment = false` in the file: the evaluation's preprocessing
-
-
-class PairLossSettings(Settings):
-    """[loss.clip], [loss.sigmoid]: a loss over all pairs of the batch. `clip = 1.0` gives the weight alone."""
-
-    weight: Positive = 1.0
-    # "mask": equal captions and the same image are no negatives of each other; "keep": they are.
-    duplicates: Literal["keep", "mask"] = "keep"
-
-
-class LossSettings(Settings):
-    """[loss]: the terms and their weights; clip = 1.0 when none is named."""
-
-    clip: Annotated[PairLossSettings | None, BeforeValidator(_weight_as_table)] = None
-    sigmoid: Annotated[PairLossSettings | None, BeforeValidator(_weight_as_table)] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _at_least_one(cls, terms: Any) -> Any:
-        return terms or {"clip": 1.0}
-
-    @property
-    def terms(self) -> dict[str, PairLossSettings]:
-        """The terms that are on."""
-        return {name: term for name, term in self if term is not None}
+    second_view: AugmentSettings | None = None  # of each image, for losses that compare two views
+    labels: bool = False  # batches hold the class numbers of the .cls files, for losses that need them
 
 
 class OptimSettings(Settings):
@@ -161,8 +195,12 @@ class OptimSettings(Settings):
     eps: Positive = 1e-6
     weight_decay: NotNegative = 0.2
     warmup: Part = Duration(0.05, "fraction")  # steps, "2 epochs", or a fraction of the run
-    schedule: Literal["cosine", "constant"] = "cosine"
-    min_lr: NotNegative = 0.0  # where the cosine ends
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    min_lr: NotNegative = 0.0  # where the schedule ends
+    decay: Part = Duration(0.2, "fraction")  # of "wsd": the last part of the run, in which the rate falls
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # each layer learns at this share of the one after it
+    logit_scale_lr: Positive | None = None  # of the temperature, at the top of the schedule; default: lr
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # averaged weights, evaluated and saved beside the others
     clip_norm: Positive | None = None  # gradients longer than this are shortened to it
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where CUDA has it, else fp32
 
@@ -174,20 +212,31 @@ class OptimSettings(Settings):
 
 
 class EvalSettings(Settings):
-    """[[eval]]: one evaluation during training."""
+    """[[eval]]: one evaluation during training, by the evaluator's name or under a protocol (`vlkit protocols`)."""
 
-    name: Literal["retrieval", "classification"]
+    name: Literal["retrieval", "classification"] | None = None
+    protocol: Text | None = None  # fixes split, captions, class names and templates
     data: Paths
     format: Text | None = None  # default: found out from the data
     split: Text | None = None
     images: Text | None = None  # folder of the images, where the annotations lie elsewhere
     every: Period = Duration(1, "epochs")
 
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.name is None) == (self.protocol is None):
+            raise ValueError('expected either name = "retrieval" or "classification", or protocol = "..."')
+        if self.protocol is not None and (self.split is not None or self.format is not None):
+            raise ValueError(f"split and format are fixed by protocol {self.protocol}; leave them out")
+        return self
+
 
 class CheckpointSettings(Settings):
     """[checkpoint]: when to save, what to keep."""
 
     every: Period = Duration(1, "epochs")
+    in_background: bool = True  # written while training goes on; takes a copy of weights and state in main memory
+    upload: Text | None = None  # an fsspec URL that gets a copy of each, e.g. "s3://bucket/run"
     keep_last: Count = 2
     keep_best: Text | None = None  # a metric such as "text_to_image/recall@10"; its highest checkpoint is kept too
 
@@ -200,8 +249,17 @@ class RunConfig(Settings):
     data: DataSettings
     loss: LossSettings = Field(default_factory=lambda: LossSettings.model_validate({}))
     optim: OptimSettings = OptimSettings()
+    stages: Annotated[tuple[StageSettings, ...], AfterValidator(check_stages)] = ()
     eval: tuple[EvalSettings, ...] = ()
     checkpoint: CheckpointSettings = CheckpointSettings()
+
+    @model_validator(mode="after")
+    def _something_trained(self) -> Self:
+        if self.model.frozen and self.loss.patch_alignment is None:
+            raise ValueError("model.freeze names both towers, so only the temperature would be trained; name one")
+        if self.loss.patch_alignment is not None and self.model.patch_dropout:
+            raise ValueError("loss.patch_alignment compares all patches; leave model.patch_dropout out")
+        return self
 
     @model_validator(mode="after")
     def _best_of_something(self) -> Self:
@@ -247,6 +305,14 @@ def remarks(run: RunConfig) -> list[str]:
     found = []
     if run.optim.schedule == "constant" and run.optim.min_lr:
         found.append(f"optim.min_lr = {run.optim.min_lr:g} has no effect: the schedule is constant.")
+    if run.optim.schedule != "wsd" and run.optim.decay != OptimSettings().decay:
+        found.append(f"optim.decay has no effect: the schedule is {run.optim.schedule}.")
+    tail = ModelSettings.model_fields["patch_dropout_tail"].default
+    if not run.model.patch_dropout and run.model.patch_dropout_tail != tail:
+        found.append("model.patch_dropout_tail has no effect: model.patch_dropout is 0.")
+    mixed = isinstance(run.data.train, dict) or run.data.samples_per_epoch or run.data.replacement or run.data.balance
+    if mixed and "remainder" in run.data.model_fields_set:
+        found.append("data.remainder has no effect: with this kind of sampling every batch is full.")
     if run.data.val is not None and all(entry.data != run.data.val for entry in run.eval):
         found.append("data.val has no effect: no [[eval]] runs on it.")
     return found
@@ -295,4 +361,6 @@ def _fill(tree: dict[str, Any]) -> None:
 def _replace_out(value: Any, out: Any) -> Any:
     if isinstance(value, list):
         return [_replace_out(item, out) for item in value]
+    if isinstance(value, dict):
+        return {_replace_out(source, out): weight for source, weight in value.items()}
     return value.replace("{out}", out) if isinstance(value, str) and isinstance(out, str) else value

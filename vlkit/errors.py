@@ -24,6 +24,10 @@ class DataError(VlkitError):
     """Images, captions, tables or shards are missing or broken."""
 
 
+class RemoteError(VlkitError):
+    """Shards at a URL are out of reach for now; the same run can be continued later."""
+
+
 class CheckpointError(VlkitError):
     """A run folder or checkpoint cannot be read, or does not fit."""
 

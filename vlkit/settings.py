@@ -21,6 +21,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+_SECONDS = {"minute": 60.0, "hour": 3600.0}
+
+
 class Duration(NamedTuple):
     """A length of time in training, e.g. Duration(2, "epochs")."""
 
@@ -29,7 +32,7 @@ class Duration(NamedTuple):
 
     @classmethod
     def parse(cls, value: object) -> "Duration":
-        """Read "500 steps", "1 epoch", "1e6 samples", "300 seconds", or a whole number of steps.
+        """Read "500 steps", "1 epoch", "1e6 samples", "300 seconds", "20 minutes", or a whole number of steps.
 
         Raises:
             ValueError: anything else.
@@ -38,8 +41,10 @@ class Duration(NamedTuple):
             return value
         if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             return cls(value, "steps")
-        match = re.fullmatch(r"\s*(\d+\.?\d*(?:e\d+)?)\s*(step|sample|epoch|second)s?\s*", str(value))
+        match = re.fullmatch(r"\s*(\d+\.?\d*(?:e\d+)?)\s*(step|sample|epoch|second|minute|hour)s?\s*", str(value))
         if isinstance(value, str) and match:
+            if match[2] in _SECONDS:
+                return cls(float(match[1]) * _SECONDS[match[2]], "seconds")
             return cls(float(match[1]), match[2] + "s")  # type: ignore[arg-type]
         raise ValueError('expected a duration such as "500 steps", "2 epochs", "100000 samples" or "300 seconds"')
 
@@ -91,6 +96,18 @@ def _paths(value: object) -> str | list[str]:
     return value  # type: ignore[return-value]
 
 
+def _sources(value: object) -> object:
+    if not isinstance(value, dict):
+        return _paths(value)
+    for source, weight in value.items():
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not source or not number or not 0 < weight < float("inf"):
+            raise ValueError(f"expected a weight above 0 for each source; {source!r} has {weight!r}")
+    if not value:
+        raise ValueError("expected a path, a list of paths, or a table of paths with their weights")
+    return {source: float(weight) for source, weight in value.items()}
+
+
 def _workers(value: object) -> str | int:
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
         return value
@@ -103,9 +120,24 @@ def _device(value: object) -> str:
     raise ValueError('expected "auto", "cpu", "mps", "cuda" or e.g. "cuda:1"')
 
 
+_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def _size(value: object) -> int:
+    """"200 GB", or a number of bytes."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]?B)\s*", value) if isinstance(value, str) else None
+    if match and (size := round(float(match[1]) * _BYTES[match[2]])) > 0:
+        return size
+    raise ValueError('expected a size such as "200 GB", or a number of bytes')
+
+
 # Functions, because pydantic reports a union of types as one problem for each of its members.
 Paths = Annotated[Any, PlainValidator(_paths)]
+Sources = Annotated[Any, PlainValidator(_sources)]
 Workers = Annotated[Any, PlainValidator(_workers)]
+Size = Annotated[int, PlainValidator(_size)]  # bytes
 Device = Annotated[str, PlainValidator(_device)]
 
 

@@ -87,7 +87,7 @@ def test_decoding_no_more_than_the_crop_needs_changes_little() -> None:
             image = open_image(data, where="x")
             choices = augment.draw(image.height, image.width, generator(0, 0, sample, "augment"))
             shrunk = decode_changed(image, choices, 64, "bicubic")
-            assert shrunk.shape == (3, 64, 64) and shrunk.is_contiguous()
+            assert shrunk.shape == (3, 64, 64)
             if width == 100:  # too small to be shrunk
                 assert torch.equal(full, shrunk)
             assert (full.int() - shrunk.int()).abs().float().mean() < 3

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlkit.data.augment import Augment
 from vlkit.data.rand_augment import MAX_MAGNITUDE, OPERATIONS, RandAugment, distort
 from vlkit.data.randomness import generator
 from vlkit.errors import ConfigError
@@ -59,3 +60,13 @@ def test_settings_that_make_no_sense() -> None:
         ConfigError, match=r"num_ops 2 and magnitude 31; expected num_ops >= 1 and magnitude in 0\.\.30"
     ):
         RandAugment(2, 31)
+
+
+def test_the_run_file_reaches_it() -> None:
+    from vlkit.config import AugmentSettings
+    from vlkit.training.assemble import _augment
+
+    settings = AugmentSettings.model_validate({"rand_augment": {"num_ops": 3, "magnitude": 5}, "dct_scale": 1})
+    augment = _augment(settings)
+    assert augment is not None and augment.rand_augment == RandAugment(3, 5) and augment.dct_scale == 1
+    assert _augment(AugmentSettings()) == Augment() and _augment(None) is None

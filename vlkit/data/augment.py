@@ -8,6 +8,7 @@ its crop needs.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ class Choices(NamedTuple):
     distortions: tuple[Distortion, ...]
     jitter: tuple[tuple[str, float], ...]  # (what, factor) in the order of application
     grey: bool
+    dct_scale: int = 2  # see `Augment`
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class Augment:
         color_jitter_probability: how often `color_jitter` is applied.
         grayscale: probability of removing the colour.
         rand_augment: RandAugment's number of operations and magnitude, or None.
+        dct_scale: a JPEG may be decoded to half, a quarter or an eighth, though not below this many times the size
+            of the result. 2 is nearly exact; 1 is faster on large images, at an error that `EncodedImage.shrink_for`
+            names.
 
     Source: random resized crop as in Szegedy et al. 2014, arXiv:1409.4842, in torchvision's form.
     """
@@ -57,6 +62,7 @@ class Augment:
     color_jitter_probability: float = 1.0
     grayscale: float = 0.0
     rand_augment: RandAugment | None = None
+    dct_scale: int = 2
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
@@ -67,13 +73,15 @@ class Augment:
         for name in ("hflip", "color_jitter_probability", "grayscale"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; a probability lies in [0, 1].")
+        if self.dct_scale not in (1, 2):
+            raise ConfigError(f"dct_scale is {self.dct_scale}; expected 1 or 2.")
         if self.color_jitter and (min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5):
             raise ConfigError(f"color_jitter is {self.color_jitter}; expected four numbers >= 0, the last <= 0.5.")
 
     def apply(self, image: Tensor, size: int, interpolation: Interpolation, generator: np.random.Generator) -> Tensor:
         """(3, H, W) uint8 of any size to (3, size, size) uint8."""
         choices = self.draw(image.shape[1], image.shape[2], generator)
-        return _changed(cut(image, choices.box), choices, size, interpolation)
+        return _changed(cut(image, choices.box), choices, size, interpolation).contiguous()
 
     def draw(self, height: int, width: int, generator: np.random.Generator) -> Choices:
         """What will happen to an image of this size."""
@@ -84,7 +92,7 @@ class Augment:
         if self.color_jitter and generator.random() < self.color_jitter_probability:
             jitter = _draw_jitter(self.color_jitter, generator)
         grey = self.grayscale > 0 and generator.random() < self.grayscale
-        return Choices(box, flip, distortions, jitter, grey)
+        return Choices(box, flip, distortions, jitter, grey, self.dct_scale)
 
     def draw_box(self, height: int, width: int, generator: np.random.Generator) -> Box:
         """A random part of an image; its centre, as far as the ratio allows, when ten attempts do not fit."""
@@ -114,17 +122,28 @@ def decode_changed(image: EncodedImage, choices: Choices, size: int, interpolati
         interpolation: filter of the resize.
 
     Returns:
-        (3, size, size) uint8.
+        (3, size, size) uint8 in any layout.
 
     Raises:
         BrokenImageError: the image is truncated or corrupt.
     """
-    box = choices.box
-    shrink = image.shrink_for(box.height, box.width, size)
-    pixels = image.decode(shrink)
-    if shrink > 1:
-        box = box.shrunk(shrink, pixels.shape[1], pixels.shape[2])
-    return _changed(cut(pixels, box), choices, size, interpolation)
+    return next(decode_views(image, (choices,), size, interpolation))
+
+
+def decode_views(
+    image: EncodedImage, views: Sequence[Choices], size: int, interpolation: Interpolation
+) -> Iterator[Tensor]:
+    """Several views of one image, each as `decode_changed` gives it alone; those of one scale share the decoding."""
+    decoded: dict[int, Tensor] = {}
+    for choices in views:
+        box = choices.box
+        shrink = image.shrink_for(box.height, box.width, size, choices.dct_scale)
+        if shrink not in decoded:
+            decoded[shrink] = image.decode(shrink)
+        pixels = decoded[shrink]
+        if shrink > 1:
+            box = box.shrunk(shrink, pixels.shape[1], pixels.shape[2])
+        yield _changed(cut(pixels, box), choices, size, interpolation)
 
 
 def _changed(image: Tensor, choices: Choices, size: int, interpolation: Interpolation) -> Tensor:
@@ -140,7 +159,7 @@ def _changed(image: Tensor, choices: Choices, size: int, interpolation: Interpol
         from torchvision.transforms.v2.functional import rgb_to_grayscale  # see _jittered
 
         image = rgb_to_grayscale(image, num_output_channels=3)
-    return image.contiguous()
+    return image
 
 
 def _draw_jitter(

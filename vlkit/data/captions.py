@@ -7,7 +7,7 @@ of texts per image is ragged (`text_to_image` in the batch says whose a text is)
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +28,21 @@ class Tokenizer(Protocol):
 
     def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Ragged ids to (R,T) int64, cut to the context and padded on the right."""
+
+
+@runtime_checkable
+class WholeTokenizer(Protocol):
+    """A tokenizer that can also say how long a text is when it is not cut."""
+
+    def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, special tokens included, no padding, not cut."""
+
+
+class Text(NamedTuple):
+    """A caption, with its token ids if they are stored."""
+
+    text: str
+    tokens: list[int] | None
 
 
 class FunctionTokenizer:

@@ -41,8 +41,10 @@ class ImageRef:
 
             assert self.offset is not None
             return read_cell(self.path, self.offset, self.column)
+        from vlkit.data.tar_walk import open_tar  # numpy only where images are read
+
         try:
-            with open(self.path, "rb") as file:
+            with open_tar(self.path) as file:
                 if self.offset is None:
                     return file.read()
                 assert self.size is not None

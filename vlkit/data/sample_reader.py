@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlkit.data.augment import Choices, decode_changed
-from vlkit.data.captions import Tokenizer, caption_hash, choose_captions, drop_tokens
+from vlkit.data.augment import Choices, decode_views
+from vlkit.data.caption_choice import CaptionChoice, Draw
+from vlkit.data.captions import Text, Tokenizer, WholeTokenizer, caption_hash, choose_captions, drop_tokens
 from vlkit.data.decode import MAX_PIXELS, BrokenImageError, EncodedImage, Exif, open_image
 from vlkit.data.epoch_plan import PADDING
 from vlkit.data.randomness import fleeting_generator
+from vlkit.data.resizing import copy_planes
 from vlkit.data.shard_index import ShardIndex, ShardSet
 from vlkit.data.transforms import Augment, Preprocess
 from vlkit.errors import DataError
@@ -32,13 +34,7 @@ class Failure(NamedTuple):
     key: str  # "shard/key"
     cause: str
     message: str
-
-
-class Text(NamedTuple):
-    """A caption, with its token ids if they are stored."""
-
-    text: str
-    tokens: list[int] | None
+    sample: int  # position in the shard set: two sources may hold shards and keys of one name
 
 
 class Rows(NamedTuple):
@@ -49,7 +45,9 @@ class Rows(NamedTuple):
     tokens: list[list[int]]  # one entry a text
     caption_hash: list[int]  # one entry a text
     valid: list[bool]  # (b,)
+    labels: list[int]  # (b,) class numbers, -1 for none; empty if they are not asked for
     failures: list[Failure]
+    cut: list[bool]  # one entry a text: longer than the model's context
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,14 @@ class SampleReader:
     exif: Exif = "apply"
     max_pixels: int = MAX_PIXELS
     token_dropout: float = 0.0
+    second_view: Augment | None = None
+    labels: bool = False
+    captions: CaptionChoice | None = None  # None: `captions_per_image` of those the shard index finds
+
+    @property
+    def num_views(self) -> int:
+        """Pictures made of each image."""
+        return 1 if self.second_view is None else 2
 
     def read(self, epoch: int, ids: NDArray[np.int64], images: Tensor) -> Rows:
         """Read samples; a broken one leaves a black image and stands in `failures`.
@@ -72,20 +78,22 @@ class SampleReader:
         Args:
             epoch: decides augmentation and captions.
             ids: (b,) numbers in the shard set; -1 for a padding row.
-            images: (b,3,size,size) uint8, is filled.
+            images: (V,b,3,size,size) uint8, is filled; V is `num_views`.
         """
-        rows, texts = Rows([], [], [], [], [], []), []
+        rows, texts = Rows([], [], [], [], [], [], [], []), []
         # Texts, then headers, then pixels: small steps run twice as fast when decoding does not empty the processor's
         # caches in between.
         for row, sample_id in enumerate(ids.tolist()):
             texts += self._read_texts(row, epoch, sample_id, rows)
         self._tokenize(texts, rows)
         self._drop_tokens(epoch, ids, rows)
+        if self.labels:
+            rows.labels.extend(self._label(row, sample_id, rows) for row, sample_id in enumerate(ids.tolist()))
         for start in range(0, len(ids), _HEADERS_AT_ONCE):
             some = list(enumerate(ids[start : start + _HEADERS_AT_ONCE].tolist(), start))
             opened = [self._open(row, epoch, sample_id, rows) for row, sample_id in some]
             for (row, sample_id), image in zip(some, opened, strict=True):
-                self._fill(images[row], row, sample_id, image, rows)
+                self._fill(images[:, row], row, sample_id, image, rows)
         return rows
 
     def _read_texts(self, row: int, epoch: int, sample_id: int, rows: Rows) -> list[Text]:
@@ -97,10 +105,11 @@ class SampleReader:
             try:
                 texts = self._chosen(shard, i, epoch, sample_id)
             except DataError as error:
-                rows.failures.append(Failure(row, shard.path.name, key, "unreadable caption", str(error)))
+                rows.failures.append(Failure(row, shard.path.name, key, "unreadable caption", str(error), sample_id))
             else:
                 if not texts:
-                    rows.failures.append(Failure(row, shard.path.name, key, "no caption", f"{key} has no caption."))
+                    message = f"{key} has no caption."
+                    rows.failures.append(Failure(row, shard.path.name, key, "no caption", message, sample_id))
         rows.keys.append(key)
         rows.valid.append(bool(texts))
         # A row without a caption still has one, empty text, so that one text an image stays one text an image.
@@ -109,8 +118,22 @@ class SampleReader:
         rows.caption_hash.extend(caption_hash(text.text) for text in texts)
         return texts
 
-    def _open(self, row: int, epoch: int, sample_id: int, rows: Rows) -> tuple[EncodedImage, Choices | None] | None:
-        """The image's header, and what will happen to it; None if there is none."""
+    def _label(self, row: int, sample_id: int, rows: Rows) -> int:
+        """The class number of a row, -1 if it has none."""
+        if sample_id == PADDING:
+            return -1
+        shard, i = self.shards.locate(sample_id)
+        try:
+            label = shard.label(i)
+        except DataError as error:
+            self._fail(rows, row, sample_id, error, "unreadable label")
+            return -1
+        return -1 if label is None else label
+
+    def _open(
+        self, row: int, epoch: int, sample_id: int, rows: Rows
+    ) -> tuple[EncodedImage, list[Choices | None]] | None:
+        """The image's header, and what will happen to it in each view; None if there is none."""
         if sample_id == PADDING:
             return None
         shard, i = self.shards.locate(sample_id)
@@ -120,38 +143,47 @@ class SampleReader:
         except DataError as error:
             self._fail(rows, row, sample_id, error)
             return None
-        if self.augment is None:
-            return image, None
-        random = fleeting_generator(self.seed, epoch, sample_id, "augment")
-        return image, self.augment.draw(image.height, image.width, random)
+        views: list[Choices | None] = []
+        for augment, purpose in ((self.augment, "augment"), (self.second_view, "second view"))[: self.num_views]:
+            random = fleeting_generator(self.seed, epoch, sample_id, purpose)
+            views.append(None if augment is None else augment.draw(image.height, image.width, random))
+        return image, views
 
     def _fill(
-        self, out: Tensor, row: int, sample_id: int, opened: tuple[EncodedImage, Choices | None] | None, rows: Rows
+        self,
+        out: Tensor,
+        row: int,
+        sample_id: int,
+        opened: tuple[EncodedImage, list[Choices | None]] | None,
+        rows: Rows,
     ) -> None:
-        """Decode and change an image into `out` (3,size,size), black if there is none."""
+        """Decode and change an image into `out` (V,3,size,size), black if there is none."""
         if opened is None:
             out.zero_()
             return
-        image, choices = opened
+        image, views = opened
         try:
-            if choices is None:
-                out.copy_(self.preprocess(image.decode()))
-            else:
-                out.copy_(decode_changed(image, choices, self.preprocess.size, self.preprocess.interpolation))
+            changed = [choices for choices in views if choices is not None]
+            plain = [self.preprocess(image.decode())] if views[0] is None else []
+            made = decode_views(image, changed, self.preprocess.size, self.preprocess.interpolation)
+            for view, pixels in enumerate((*plain, *made)):
+                copy_planes(pixels, out[view])
         except DataError as error:
             out.zero_()
             self._fail(rows, row, sample_id, error)
 
-    def _fail(self, rows: Rows, row: int, sample_id: int, error: DataError) -> None:
-        """Count a row whose image is broken, unless it is counted as broken already."""
+    def _fail(self, rows: Rows, row: int, sample_id: int, error: DataError, cause: str = "unreadable shard") -> None:
+        """Count a row whose image or label is broken, unless it is counted as broken already."""
         if rows.valid[row]:
-            cause = error.cause if isinstance(error, BrokenImageError) else "unreadable shard"
+            cause = error.cause if isinstance(error, BrokenImageError) else cause
             shard, _ = self.shards.locate(sample_id)
-            rows.failures.append(Failure(row, shard.path.name, rows.keys[row], cause, str(error)))
+            rows.failures.append(Failure(row, shard.path.name, rows.keys[row], cause, str(error), sample_id))
             rows.valid[row] = False
 
     def _chosen(self, shard: ShardIndex, i: int, epoch: int, sample_id: int) -> list[Text]:
         """The chosen captions, with their stored token ids if the shard has this tokenizer's."""
+        if self.captions is not None:
+            return self.captions.texts(shard, i, self.tokenizer.tokenizer_id, Draw(self.seed, epoch, sample_id))
         captions = shard.captions(i)
         chosen = choose_captions(
             len(captions), self.captions_per_image, seed=self.seed, epoch=epoch, sample_id=sample_id
@@ -163,9 +195,16 @@ class SampleReader:
 
     def _tokenize(self, texts: list[Text], rows: Rows) -> None:
         """Fill in token ids, tokenizing in one call the texts that have none stored."""
+        tokenizer, longest = self.tokenizer, self.tokenizer.context_length
         missing = [text.text for text in texts if text.tokens is None]
-        fresh = iter(self.tokenizer.encode_ragged(missing) if missing else [])
-        rows.tokens.extend(next(fresh) if text.tokens is None else text.tokens for text in texts)
+        # Stored ids are not cut either; `pad` cuts. Where a tokenizer gives cut ones only, full ones count as cut.
+        whole = isinstance(tokenizer, WholeTokenizer)
+        encode = tokenizer.encode_whole if isinstance(tokenizer, WholeTokenizer) else tokenizer.encode_ragged
+        fresh = iter(encode(missing) if missing else [])
+        for text in texts:
+            tokens = next(fresh) if text.tokens is None else text.tokens
+            rows.tokens.append(tokens)
+            rows.cut.append(len(tokens) > longest - (text.tokens is None and not whole))
 
     def _drop_tokens(self, epoch: int, ids: NDArray[np.int64], rows: Rows) -> None:
         """Leave tokens out of the texts, each image's by its own random numbers."""

@@ -4,16 +4,19 @@ Both are held for the shards used last and let go again: a set may have more sha
 """
 
 import io
+import mmap
 import os
 import stat
 import weakref
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from vlkit.data.remote import read_at, read_marker
 from vlkit.data.shard_sidecar import (
     TOKENS,
     build_table,
@@ -28,12 +31,21 @@ from vlkit.data.shard_sidecar import (
 from vlkit.errors import DataError
 
 
+class RawSample(NamedTuple):
+    """A sample as it stands in the tar."""
+
+    key: str
+    image: memoryview  # encoded; of the mapped file, which is read when it is looked at
+    caption: bytes | None  # the caption file, None where there is none
+
+
 class Columns:
     """Columns of one shard, and its tar; rows are samples."""
 
     def __init__(self, table: pa.Table, tar_path: str) -> None:
         self._summary = summary_of(table)
         self._tar_path = tar_path
+        self._remote = read_marker(Path(tar_path)) is not None
         self._tar: io.FileIO | None = None
         self.numbers: dict[str, NDArray[Any]] = {
             name: _only_chunk(table, name).to_numpy(zero_copy_only=True)
@@ -81,7 +93,9 @@ class Columns:
             DataError: the tar cannot be read, is another one than was indexed, or ends before.
         """
         try:
-            content = _read_at(self._file(), size, offset)
+            content = (
+                read_at(Path(self._tar_path), size, offset) if self._remote else _read_at(self._file(), size, offset)
+            )
         except OSError as error:
             raise DataError(f"Cannot read shard {self._tar_path}: {error.strerror or error}.") from error
         if len(content) < size:
@@ -89,6 +103,20 @@ class Columns:
                 f"{self._tar_path} is shorter than when it was indexed: it was cut. Copy or build it again."
             )
         return content
+
+    def raw_samples(self) -> Iterator[RawSample]:
+        """All rows in the tar's order.
+
+        Raises:
+            DataError: the tar cannot be read, or is another one than was indexed.
+        """
+        names = ("image_offset", "image_size", "caption_offset", "caption_size")
+        places = [self.numbers[name].tolist() for name in names]  # once: numpy's single numbers are slow
+        tar = None if self._remote else memoryview(mmap.mmap(self._file().fileno(), 0, access=mmap.ACCESS_READ))
+        for key, image, size, caption, caption_size in zip(self._keys.to_pylist(), *places, strict=True):
+            content = memoryview(self.read(image, size)) if tar is None else tar[image : image + size]
+            text = self.read(caption, caption_size) if caption >= 0 else None  # cheaper than a page of the map
+            yield RawSample(key.decode("utf-8", "backslashreplace"), content, text)
 
     def _file(self) -> io.FileIO:
         if self._tar is None:
@@ -113,6 +141,8 @@ def fitting_table(tar_path: Path) -> tuple[pa.Table | None, str | None]:
         table = map_table(path)
     except DataError:
         return None, "was broken or of another version of vlkit"
+    if read_marker(tar_path) is not None:  # compared when it was downloaded; the body need not be here
+        return table, None
     summary = summary_of(table)
     if (summary.tar_size, summary.tar_ends) != tar_identity(tar_path):
         return None, "belonged to other contents of the tar"

@@ -1,4 +1,4 @@
-"""From what a user writes for a set of shards to the list of tars: path, folder, glob, braces, `a::b`, list."""
+"""From what a user writes for a set of shards to the list of tars: path, URL, folder, glob, braces, `a::b`, list."""
 
 import json
 import re
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlkit.data.remote_requests import as_url
 from vlkit.errors import DataError
 
 ShardSpec = str | Path | Sequence[str | Path]
@@ -22,17 +23,25 @@ def expand_shards(spec: ShardSpec) -> list[Path]:
     """The tars that a specification names, in its order (folders and globs sorted by name).
 
     Args:
-        spec: a tar, a folder of tars, a glob, braces (`{00000..00099}.tar`, `{a,b}.tar`), several of these joined
-            by `::`, or a list of these.
+        spec: a tar, a folder of tars, a glob, braces (`{00000..00099}.tar`, `{a,b}.tar`), each a path or a URL;
+            several of these joined by `::`, or a list of these.
+
+    Returns:
+        Paths; of a shard at a URL the path of its copy in the cache, which need not be there yet.
 
     Raises:
-        DataError: nothing is there, a named shard is missing, a shard is named twice, or a URL.
+        DataError: nothing is there, a named shard is missing, a shard is named twice, or a server refuses.
+        RemoteError: a server cannot be reached.
     """
     parts = [spec] if isinstance(spec, str | Path) else list(spec)
     if not parts:
         raise DataError("No shards given; expected a tar, a folder of tars, a glob or a list.")
-    paths = [path for part in parts for piece in str(part).split("::") for path in _expand_one(piece)]
-    missing = [path for path in paths if not path.is_file()]
+    paths: list[Path] = []
+    missing: list[Path] = []
+    for piece in (piece for part in parts for piece in str(part).split("::")):
+        found, remote = _expand_one(piece)
+        paths += found
+        missing += [path for path in found if not remote and not path.is_file()]
     if missing:
         raise DataError(_say_missing(missing, len(paths)))
     seen: set[Path] = set()
@@ -74,9 +83,19 @@ def unfinished_build(spec: ShardSpec) -> str | None:
     return None
 
 
-def _expand_one(piece: str) -> list[Path]:
-    if re.match(r"(pipe:|[a-z][a-z0-9+.-]+://)", piece):
-        raise DataError(f"{piece} is a URL; shards are read from local disks. Copy them to a folder and name that.")
+def _expand_one(piece: str) -> tuple[list[Path], bool]:
+    """What one piece names, and whether that is at a URL, where only the server knows what is there."""
+    url = as_url(piece)
+    if piece.startswith("pipe:"):
+        raise DataError(f"{piece}: no commands are run. Name a path or a URL: s3://bucket/{{00000..00099}}.tar.")
+    if url is not None and url.partition("://")[0] not in ("file", "local"):
+        from vlkit.data.remote_listing import expand_url  # which builds on this module
+
+        return expand_url(url, [*_braces(url)]), True
+    return _expand_path(piece if url is None else url.partition("://")[2]), False
+
+
+def _expand_path(piece: str) -> list[Path]:
     if Path(piece).is_dir():
         return _in_folder(Path(piece))
     if Path(piece).exists():

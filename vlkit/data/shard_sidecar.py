@@ -136,9 +136,21 @@ def tar_identity(path: str | Path) -> tuple[int, str]:
 def file_identity(file: io.FileIO) -> tuple[int, str]:
     """`tar_identity` of a file just opened."""
     size = os.fstat(file.fileno()).st_size
-    head = file.read(_HEAD)
-    file.seek(max(size - _TAIL, 0))
-    return size, hashlib.sha256(head + file.read(_TAIL)).hexdigest()[:32]
+    ends = b""
+    for start, end in ends_of_length(size):
+        file.seek(start)
+        ends += file.read(end - start)
+    return size, ends_hash(ends)
+
+
+def ends_of_length(size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """From where to where the first and the last bytes of a tar of `size` bytes lie that are hashed."""
+    return (0, min(_HEAD, size)), (max(size - _TAIL, 0), size)
+
+
+def ends_hash(ends: bytes) -> str:
+    """The hash of both ends, one after the other."""
+    return hashlib.sha256(ends).hexdigest()[:32]
 
 
 def _metadata(samples: Samples, size: int, ends: str) -> dict[str, str]:

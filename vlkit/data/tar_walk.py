@@ -8,6 +8,7 @@ headers. Nothing after damage is trusted: the walk stops there and says where.
 import mmap
 import os
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,7 +65,7 @@ def walk_tar(path: str | Path) -> TarMembers:
         DataError: the file cannot be read, or is compressed.
     """
     try:
-        with open(path, "rb") as file:
+        with open_tar(path) as file:
             length = os.fstat(file.fileno()).st_size
             if length == 0:
                 nothing = np.zeros(0, np.int64)
@@ -74,6 +75,23 @@ def walk_tar(path: str | Path) -> TarMembers:
         raise DataError(f"Cannot read shard {path}: {error.strerror or error}.") from error
     _refuse_compressed(path, content[:8])
     return _Walk(content).run()
+
+
+def open_tar(path: str | Path) -> BufferedReader:
+    """A shard as a file; one of a URL is downloaded if need be.
+
+    Raises:
+        OSError: it cannot be opened.
+        RemoteError: it could not be downloaded.
+    """
+    from vlkit.data.remote import bring  # which builds on this module
+
+    while True:
+        try:
+            return open(path, "rb")
+        except FileNotFoundError:
+            if not bring(Path(path)):
+                raise
 
 
 def _refuse_compressed(path: str | Path, opening: bytes) -> None:

@@ -42,6 +42,8 @@ class Preprocess:
             longer side and pads with `fill_color`; "squash" ignores the aspect ratio.
         interpolation: filter, antialiased.
         fill_color: grey level of the padding, 0..255.
+        crop_pct: share of each side that is kept after resizing, cut out of the centre: 0.875 resizes to 256 for a
+            `size` of 224. Below 1 for models of timm and transformers that ask for it, not with "longest".
         mean, std: a channel's, on the scale [0, 1]; kept here, applied by the encoder.
     """
 
@@ -51,11 +53,14 @@ class Preprocess:
     fill_color: int = 0
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+    crop_pct: float = 1.0
 
     def __post_init__(self) -> None:
         _require_size(self.size)
         _require_one_of("resize_mode", self.resize_mode, ("shortest", "longest", "squash"))
         _require_one_of("interpolation", self.interpolation, ("bicubic", "bilinear"))
+        if not 0 < self.crop_pct <= 1 or (self.crop_pct < 1 and self.resize_mode == "longest"):
+            raise ConfigError(f"crop_pct is {self.crop_pct}; expected (0, 1], and 1 where resize_mode is 'longest'.")
 
     def __call__(self, image: Tensor) -> Tensor:
         """(3, H, W) uint8 of any size to (3, size, size) uint8; see `resizing` for how near to open_clip's."""
@@ -67,8 +72,9 @@ class Preprocess:
 
     def _squared(self, image: Tensor, resize: Resize) -> Tensor:
         size = self.size
+        resized = int(size / self.crop_pct + 1e-6)  # timm rounds down
         if self.resize_mode == "squash":
-            return resize(image, size, size, self.interpolation).contiguous()
+            return _centre(resize(image, resized, resized, self.interpolation), size)
         if self.resize_mode == "longest":
             ratio = size / max(image.shape[1:])
             height, width = (max(round(side * ratio), 1) for side in image.shape[1:])
@@ -76,9 +82,9 @@ class Preprocess:
         image = _without_long_ends(image)
         height, width = image.shape[1:]
         short = min(height, width)
-        image = resize(image, int(size * height / short), int(size * width / short), self.interpolation)
-        height, width = image.shape[1:]
-        return cut(image, Box(round((height - size) / 2), round((width - size) / 2), size, size)).contiguous()
+        return _centre(
+            resize(image, int(resized * height / short), int(resized * width / short), self.interpolation), size
+        )
 
     @classmethod
     def from_open_clip(cls, record: Mapping[str, Any]) -> "Preprocess":
@@ -87,7 +93,7 @@ class Preprocess:
         Raises:
             ConfigError: an unknown key, or a value that is not supported (another mode than RGB, a size not square).
         """
-        known = {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color"}
+        known = {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color", "crop_pct"}
         for key in record:
             if key not in known:
                 raise ConfigError(f"Unknown preprocessing key {key!r}. {did_you_mean(str(key), known)}")
@@ -109,7 +115,15 @@ class Preprocess:
 
     def to_open_clip(self) -> dict[str, Any]:
         """The same as open_clip's `preprocess_cfg`; `from_open_clip` reads it back."""
-        return {"mode": "RGB"} | {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        record = {"mode": "RGB"} | {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        if self.crop_pct == 1:
+            del record["crop_pct"]  # open_clip does not know it
+        return record
+
+
+def _centre(image: Tensor, size: int) -> Tensor:
+    height, width = image.shape[1:]
+    return cut(image, Box(round((height - size) / 2), round((width - size) / 2), size, size)).contiguous()
 
 
 def _pad(image: Tensor, size: int, fill: int) -> Tensor:

@@ -51,10 +51,7 @@ class WorkerPool:
             start_method: how Python starts them. None: a fork server where there is one, because it imports torch
                 once for all workers and, unlike "fork", is safe beside threads and CUDA; else "spawn".
         """
-        method = start_method or ("spawn" if sys.platform == "win32" else "forkserver")
-        context: Any = multiprocessing.get_context(method)
-        if method == "forkserver":
-            context.set_forkserver_preload(["vlkit.data.sample_reader"])
+        context = _context(start_method)
         shared = SharedBlock(num_bytes)
         self.memory = shared.tensor
         self._workers: list[_Worker] = []
@@ -129,6 +126,22 @@ class WorkerPool:
             worker.pipe.close()
             worker.process.close()
         self._workers = []
+
+
+def prepare(start_method: StartMethod | None) -> None:
+    """Let the fork server, if there will be one, begin its imports, seconds of work beside what is done meanwhile."""
+    if _context(start_method).get_start_method() == "forkserver":
+        from multiprocessing import forkserver
+
+        forkserver.ensure_running()
+
+
+def _context(start_method: StartMethod | None) -> Any:
+    method = start_method or ("spawn" if sys.platform == "win32" else "forkserver")
+    context: Any = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(["vlkit.data.sample_reader"])
+    return context
 
 
 def _start(context: Any, number: int, job: Job, shared: SharedBlock, others: list[Connection]) -> _Worker:

@@ -139,7 +139,7 @@ def test_option_without_effect_is_refused(tmp_path):
 
 
 def test_unknown_format(tmp_path):
-    with pytest.raises(ConfigError, match=r"Unknown source format 'cocoo'\. Did you mean coco\?"):
+    with pytest.raises(ConfigError, match=r"Unknown source format 'cocoo'\. Did you mean coco"):
         read_source(tmp_path, format="cocoo")
 
 

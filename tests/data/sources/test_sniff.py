@@ -22,6 +22,7 @@ CASES = {
     "webdataset": [("00000.tar", "x"), ("00000_stats.json", "{}")],
     "flickr8k": [("Flickr8k.token.txt", "a.jpg#0\tx\n"), ("dataset_flickr8k.json", KARPATHY), ("Images/a.jpg", "x")],
     "lavis": [("coco_karpathy_test.json", "[]"), ("val2014/a.jpg", "x")],
+    "coop": [("split_zhou_Pets.json", '{"train": [], "test": []}'), ("images/a.jpg", "x")],
     "clip_benchmark": [("flickr30k_test_karpathy.txt", "image,caption\na.jpg,x\n"), ("Images/a.jpg", "x")],
     "caption_files": [("00000/000000000.jpg", "x"), ("00000/000000000.txt", "x"), ("00000_stats.json", "{}")],
     "parquet": [("00000_stats.json", "{}")],  # and 00000.parquet, which is no text

@@ -10,6 +10,7 @@
 | karpathy       | `karpathy.py`       | `dataset_{coco,flickr30k,flickr8k}.json`                         |
 | lavis          | `lavis.py`          | `coco_karpathy_test.json`, `flickr30k_test.json` (ALBEF, BLIP)   |
 | clip_benchmark | `clip_benchmark.py` | `coco_test_karpathy.json`, `flickr30k_test_karpathy.txt`         |
+| coop           | `coop.py`           | `split_zhou_*.json` of CoOp's data sets                          |
 | flickr8k       | `flickr.py`         | `Flickr8k.token.txt` with split lists; Kaggle's `captions.txt`   |
 | flickr30k      | `flickr.py`         | `results_20130124.token` or `results.csv`, with or without split |
 | webdataset     | `webdataset.py`     | tar shards, also in CLIP_benchmark's `wds` layout                |
@@ -22,6 +23,7 @@ from vlkit.data.records import Source
 from vlkit.data.sources.caption_files import read_caption_files
 from vlkit.data.sources.clip_benchmark import read_clip_benchmark
 from vlkit.data.sources.coco import read_coco
+from vlkit.data.sources.coop import read_coop
 from vlkit.data.sources.flickr import read_flickr8k, read_flickr30k
 from vlkit.data.sources.folder import read_folder
 from vlkit.data.sources.karpathy import read_karpathy
@@ -46,6 +48,7 @@ FORMATS: dict[str, Reader] = {
     "karpathy": read_karpathy,
     "lavis": read_lavis,
     "clip_benchmark": read_clip_benchmark,
+    "coop": read_coop,
     "flickr8k": read_flickr8k,
     "flickr30k": read_flickr30k,
     "webdataset": read_webdataset,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from vlkit.data.sources import clip_benchmark, lavis
+from vlkit.data.sources import clip_benchmark, coop, lavis
 from vlkit.data.sources.caption_files import captioned_image, img2dataset_folder
 from vlkit.data.sources.coco import annotation_files
 from vlkit.data.sources.delimited import DELIMITERS
@@ -56,6 +56,8 @@ def _guess_file(path: Path) -> str:
         return "clip_benchmark"
     if lavis.split_in_name(path):
         return "lavis"
+    if path in coop.split_files(path.parent):
+        return "coop"
     if suffix == PARQUET and holds_images(path):
         return "parquet"
     if suffix in TABLE_SUFFIXES:
@@ -105,6 +107,8 @@ def _candidates(path: Path, options: SourceOptions) -> dict[str, str]:
         found["lavis"] = ", ".join(file.name for file in lavis.annotation_files(path))
     if clip_benchmark.caption_files(path):
         found["clip_benchmark"] = ", ".join(file.name for file in clip_benchmark.caption_files(path))
+    if coop.split_files(path):
+        found["coop"] = ", ".join(file.name for file in coop.split_files(path))
     if holds_shards(path):
         found["webdataset"] = "tar files"
     return found | _parquet_candidate(path) | _table_candidates(path, options, flickr30k) | _captioned(path, found)

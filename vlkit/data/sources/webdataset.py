@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlkit.data.records import Problems, Record, Source
+from vlkit.data.remote_requests import as_url
 from vlkit.data.sources.annotated import Layout, read_text
 from vlkit.data.sources.options import STANDARD_SPLITS, SourceOptions, canonical_split, require_split
 from vlkit.data.sources.wds_layout import (
@@ -75,6 +76,8 @@ def read_webdataset(path: Path, options: SourceOptions) -> Source:
 def is_shard_spec(path: Path) -> bool:
     """Whether a path is a tar or a pattern of tars rather than a plain folder or file."""
     text = str(path)
+    if as_url(text) is not None:
+        return True
     return ".tar" in path.name.lower() and (path.is_file() or any(mark in text for mark in ("::", "{", "*", "?", "[")))
 
 
