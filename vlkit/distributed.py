@@ -5,13 +5,17 @@ gradient of its own rows times the world size, because gradients of parameters a
 (by DDP, FSDP or `average_gradients`).
 """
 
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from vlkit.errors import ConfigError
 
 # Named so since torch 2.14, where the old names warn.
 _all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
@@ -31,6 +35,90 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes files."""
     return rank() == 0
+
+
+class Launch(NamedTuple):
+    """Which of several processes this one was started as."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0  # on this machine
+    local_world_size: int = 1
+    address: str = "127.0.0.1"  # where rank 0 listens
+    port: int = 29500
+
+    def environment(self) -> dict[str, str]:
+        """As torchrun would say it."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port),
+        }
+
+
+def launch(environment: Mapping[str, str] | None = None) -> Launch:
+    """How this process was started: by `torchrun`, by SLURM's `srun` (one task a process), or alone.
+
+    torchrun's variables win, so torchrun under srun works. A batch script that was not started by `srun` is one
+    process, however many tasks its job has.
+
+    Args:
+        environment: default os.environ.
+
+    Raises:
+        ConfigError: variables that make no sense.
+
+    Source: https://slurm.schedmd.com/srun.html, "OUTPUT ENVIRONMENT VARIABLES".
+    """
+    given = os.environ if environment is None else environment
+    try:
+        if "WORLD_SIZE" in given:
+            return _of_torchrun(given)
+        if int(given.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            return _of_srun(given)
+    except (KeyError, ValueError, IndexError) as error:
+        found = {key: given[key] for key in sorted(given) if key.startswith(("SLURM_", "RANK", "WORLD", "LOCAL_"))}
+        raise ConfigError(
+            f"The variables of the launcher do not say which process this is ({error!r}): {found}. "
+            "Start with torchrun or srun."
+        ) from error
+    return Launch()
+
+
+def _of_torchrun(given: Mapping[str, str]) -> Launch:
+    world = int(given["WORLD_SIZE"])
+    return Launch(
+        int(given["RANK"]) if world > 1 else int(given.get("RANK", "0")),
+        world,
+        int(given.get("LOCAL_RANK", "0")),
+        int(given.get("LOCAL_WORLD_SIZE", "1")),
+        given.get("MASTER_ADDR", Launch().address),
+        int(given.get("MASTER_PORT", str(Launch().port))),
+    )
+
+
+def _of_srun(given: Mapping[str, str]) -> Launch:
+    # "4(x2),3": four tasks on each of two nodes and three on the third.
+    tasks = [
+        int(count)
+        for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", given["SLURM_STEP_TASKS_PER_NODE"])
+        for _ in range(int(times or "1"))
+    ]
+    # "node[003-006,9],other1": the first name, with the first number of its bracket.
+    first = re.sub(r"\[(\d+).*", r"\1", given["SLURM_STEP_NODELIST"]).split(",")[0]
+    # Of the job and the step, so that two jobs on one machine do not meet at one port.
+    port = 10000 + (31 * int(given["SLURM_JOB_ID"]) + int(given.get("SLURM_STEP_ID", "0"))) % 50000
+    return Launch(
+        int(given["SLURM_PROCID"]),
+        int(given["SLURM_STEP_NUM_TASKS"]),
+        int(given["SLURM_LOCALID"]),
+        tasks[int(given["SLURM_NODEID"])],
+        given.get("MASTER_ADDR", first),
+        int(given.get("MASTER_PORT", str(port))),
+    )
 
 
 @dataclass(frozen=True)
@@ -122,6 +210,42 @@ def gather_rows(rows: Tensor) -> Tensor:
         return rows
     gathered: Tensor = _GatherRows.apply(rows)
     return gathered
+
+
+def agreed(values: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers that every process goes on with, so that all decide alike.
+
+    Args:
+        values: (K,) on every process.
+        flags: (F,) 0 or 1.
+
+    Returns:
+        Rank 0's values (K,); and for each flag (F,) how many processes raised it.
+    """
+    if world_size() == 1:
+        return values, flags
+    # A sum in which the others take no part: one exchange for both, and NaN stays NaN only where rank 0 has it.
+    shared = torch.cat([values if is_main() else torch.zeros_like(values), flags.to(values)])
+    dist.all_reduce(shared)
+    return shared[: len(values)], shared[len(values) :]
+
+
+def gather_objects(item: Any) -> list[Any]:
+    """Something picklable of each process, in rank order, on every process."""
+    if world_size() == 1:
+        return [item]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, item)
+    return found
+
+
+def from_main(item: Any) -> Any:
+    """Rank 0's `item`, which must be picklable, on every process."""
+    if world_size() == 1:
+        return item
+    held = [item]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

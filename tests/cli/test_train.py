@@ -101,6 +101,27 @@ def test_a_signal_saves_and_stops(run_file: Path, call_vlkit: Callable[..., Any]
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="Windows has no SIGUSR1")
+def test_sigusr1_saves_and_training_goes_on(run_file: Path, call_vlkit: Callable[..., Any]) -> None:
+    out = run_file.parent / "out"
+
+    def send() -> None:
+        signal_after_two_steps(out / "metrics.jsonl", signal.SIGUSR1)
+        while not list((out / "checkpoints").glob("step_*")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    settings = ("run.steps=50000", "eval=[]", "data.val=x.tar", "checkpoint.every=50000")
+    stopped = call_vlkit("train", run_file, *(word for setting in settings for word in ("--set", setting)))
+    sender.join()
+    assert stopped.code == 128 + signal.SIGTERM, stopped.err
+    steps = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert len(steps) == 2
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == int(steps[1].removeprefix("step_"))
+
+
 def signal_after_two_steps(metrics: Path, number: int) -> None:
     while not metrics.is_file() or metrics.read_text().count("\n") < 2:
         time.sleep(0.01)

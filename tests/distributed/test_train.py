@@ -1,29 +1,34 @@
-"""`torchrun ... vlkit train` ends with the weights of one process, up to the order of sums; and says what cannot be."""
+"""Two processes, with DDP and FSDP, with and without chunks, train the weights of one, up to the order of sums; what
+one layout has saved, another continues; evaluations shared by processes give the numbers of one.
+
+All runs of two processes happen inside one torchrun; see train_ranks.py.
+"""
 
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
-VLKIT = "from vlkit.cli import main; main()"
+HERE = Path(__file__).resolve().parent
 WORDS = ("red", "green", "blue", "white", "black", "gray", "pink", "orange")
+STEPS = 6
 
 
-@pytest.fixture
-def run_file(tmp_path: Path) -> Path:
-    """A tiny ViT on 24 pictures with two captions each, both losses, duplicates left out."""
-    (tmp_path / "shards").mkdir()
+def write_shards(folder: Path) -> None:
+    """24 pictures with two captions each."""
+    folder.mkdir()
     pixels = np.random.default_rng(0)
-    with tarfile.open(tmp_path / "shards" / "00000.tar", "w") as tar:
+    with tarfile.open(folder / "00000.tar", "w") as tar:
         for i in range(24):
             picture = io.BytesIO()
             Image.fromarray(pixels.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(picture, "PNG")
@@ -32,63 +37,108 @@ def run_file(tmp_path: Path) -> Path:
                 member = tarfile.TarInfo(f"{i:06d}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    text = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
-    settings: dict[str, Any] = {
-        "run": {"out": "out", "steps": 4, "seed": 3, "device": "cpu"},
+
+
+def settings(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
+    """A tiny ViT, both losses, duplicates left out, averaged weights."""
+    text = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16}
+    data = {"train": str(folder / "shards"), "global_batch_size": 8, "captions_per_image": 2, "workers": 0}
+    return {
+        "run": {"out": str(folder / out), "steps": STEPS, "seed": 3, "device": "cpu", **changes.pop("run", {})},
         "model": {"architecture": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}},
-        "data": {"train": str(tmp_path / "shards"), "global_batch_size": 8, "captions_per_image": 2, "workers": 0},
+        "data": {**data, **changes.pop("data", {})},
         "loss": {"clip": {"weight": 0.5, "duplicates": "mask"}, "sigmoid": 1.0},
         # A large eps: Adam turns the rounding errors of gradients that are really zero into full steps otherwise.
-        "optim": {"lr": 1e-2, "eps": 1e-2, "clip_norm": 1.0, "warmup": 2},
+        "optim": {"lr": 1e-2, "eps": 1e-2, "clip_norm": 1.0, "warmup": 2, "ema": 0.9},
         "checkpoint": {"every": "2 steps"},
+        "eval": [{"name": "retrieval", "data": str(folder / "shards"), "every": "3 steps"}],
+        **changes,
     }
-    path = tmp_path / "run.json"
-    path.write_text(json.dumps(settings))
-    return path
 
 
-def torchrun(run_file: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    changes = [word for override in overrides for word in ("--set", override)]
-    root = Path(__file__).resolve().parents[2]
-    return subprocess.run(
-        [*launch, sys.executable, "-c", VLKIT, "train", str(run_file), *changes],
-        cwd=run_file.parent,
-        env={**os.environ, "PYTHONPATH": str(root)},
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folders of one and of two processes."""
+    from eval.in_training import make_every
+    from vlkit.config import load_run
+    from vlkit.training.pretrain import pretrain
+
+    folder = tmp_path_factory.mktemp("runs")
+    write_shards(folder / "shards")
+    fsdp = {"parallel": "fsdp"}
+    pairs = [
+        (settings(folder, "ddp"), False, 0),
+        (settings(folder, "fsdp", run=fsdp), False, 0),
+        (settings(folder, "chunks", run=fsdp, data={"chunk_size": 2}), False, 0),
+        (settings(folder, "mixed", run=fsdp), False, 3),
+        (settings(folder, "mixed"), True, 5),
+        (settings(folder, "mixed", run=fsdp), True, 0),
+        (settings(folder, "stopped", run=fsdp), False, 3),
+        (settings(folder, "odd", data={"global_batch_size": 7}), False, 0),
+    ]
+    runs = [{"settings": run, "resume": resume, "stop": stop} for run, resume, stop in pairs]
+    (folder / "runs.json").write_text(json.dumps(runs))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, str(HERE / "train_ranks.py"), str(folder / "runs.json")],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
         capture_output=True,
         text=True,
         check=False,
     )
+    assert done.returncode == 0, done.stderr[-4000:]
+    run = load_run(settings(folder, "one"))
+    pretrain(run, every=make_every(run))
+    shutil.copytree(folder / "stopped", folder / "continued")
+    run = load_run(settings(folder, "continued"))
+    pretrain(run, every=make_every(run), resume=True)
+    return folder
 
 
-@pytest.mark.slow
-def test_two_processes_train_the_model_of_one(
-    run_file: Path, call_vlkit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from safetensors.torch import load_file
-
-    monkeypatch.chdir(run_file.parent)
-    assert call_vlkit("train", run_file, "--set", "run.out=one").code == 0
-    for out, overrides in (("two", []), ("chunks", ["data.chunk_size=2"])):
-        done = torchrun(run_file, f"run.out={out}", *overrides)
-        assert done.returncode == 0, done.stderr[-3000:]
-        one, two = (
-            load_file(run_file.parent / name / "model" / "open_clip_model.safetensors") for name in ("one", out)
-        )
-        assert one.keys() == two.keys()
-        differing = {name: (one[name] - two[name]).abs().max().item() for name in one}
-        assert max(differing.values()) < 1e-5, differing
-        steps = [
-            [json.loads(line) for line in (run_file.parent / name / "metrics.jsonl").read_text().splitlines()]
-            for name in ("one", out)
-        ]
-        for a, b in zip(*steps, strict=True):
-            assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-4)
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
-def test_a_batch_that_the_processes_cannot_share(run_file: Path) -> None:
-    done = torchrun(run_file, "data.global_batch_size=7")
-    assert done.returncode != 0
-    assert "2 processes. Use a multiple of 2." in done.stderr
+def largest_difference(a: Path, b: Path) -> float:
+    one, two = (load_file(path / "open_clip_model.safetensors") for path in (a, b))
+    assert one.keys() == two.keys()
+    return max((one[name] - two[name]).abs().max().item() for name in one)
+
+
+# "mixed" went from FSDP to DDP and back, "continued" from FSDP on two processes to one.
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "chunks", "mixed", "continued"])
+def test_the_weights_are_those_of_one_process(folder: Path, name: str) -> None:
+    for model in ("model", "model_ema"):
+        assert largest_difference(folder / "one" / model, folder / name / model) < 1e-5
+    assert largest_difference(folder / "one" / "model", folder / "one" / "model_ema") > 1e-4
+    for a, b in zip(steps_of(folder / "one"), steps_of(folder / name), strict=True):
+        assert a["step"] == b["step"]
+        assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_shared_evaluations_give_the_numbers_of_one_process(folder: Path, name: str) -> None:
+    ours, theirs = ([line["eval"] for line in steps_of(folder / run) if "eval" in line] for run in (name, "one"))
+    assert len(ours) == 2 and len(ours[0]) >= 6
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b)
+
+
+def test_checkpoints_are_whole_whatever_the_layout(folder: Path) -> None:
+    state, weights = (
+        load_file(folder / "fsdp" / "checkpoints" / f"step_{STEPS:08d}" / name)
+        for name in ("optimizer.safetensors", "model/open_clip_model.safetensors")
+    )
+    name = "visual.transformer.resblocks.1.mlp.c_fc.weight"
+    (moment,) = (value for key, value in state.items() if name in key and key.endswith("|exp_avg"))
+    assert moment.shape == weights[name].shape == (128, 32)
+    record = json.loads((folder / "fsdp" / "checkpoints" / f"step_{STEPS:08d}" / "state.json").read_text())
+    assert record["processes"] == 2 and len(record["random"]) == 2
+
+
+def test_a_batch_that_the_processes_cannot_share(folder: Path) -> None:
+    said = json.loads((folder / "said.json").read_text())
+    assert "2 processes. Use a multiple of 2." in said.pop()
+    assert said == [""] * len(said)

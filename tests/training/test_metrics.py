@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from vlkit.errors import CheckpointError
-from vlkit.training.metrics import cut_back, plot_curves, read_metrics
+from vlkit.training.metrics import cut_back, read_metrics
+from vlkit.training.summary import plot_curves
 
 
 def write(path: Path, steps: range, tail: str = "") -> Path:

@@ -1,14 +1,10 @@
-"""Which parameters decay, and the learning rate worked by hand."""
+"""Which parameters decay, and the first step of the optimiser worked by hand."""
 
-import math
-
-import pytest
 import torch
 from torch import nn
 
 from vlkit.config import OptimSettings
-from vlkit.settings import Duration
-from vlkit.training.optim import decay_groups, learning_rate, make_optimizer, make_schedule
+from vlkit.training.optim import decay_groups, make_optimizer
 
 
 class Towers(nn.Module):
@@ -66,26 +62,3 @@ def test_the_optimizer_follows_adamw_of_the_paper() -> None:
     # weight - lr * decay * weight - lr * sign(gradient); the bias does not decay.
     torch.testing.assert_close(linear.weight, torch.tensor([[1 - 0.05 - 0.1, -2 + 0.1 + 0.1]]))
     torch.testing.assert_close(linear.bias, torch.tensor([3 - 0.1]))
-
-
-def test_learning_rate_by_hand() -> None:
-    rates = [learning_rate(step, steps=8, warmup=4, peak=1.0, end=0.2) for step in range(8)]
-    # Four steps up; then 0.2 + 0.4 (1 + cos(pi t)) for t = 0, 1/4, 1/2, 3/4.
-    half = math.sqrt(0.5)
-    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.6 + 0.4 * half, 0.6, 0.6 - 0.4 * half])
-    assert learning_rate(8, steps=8, warmup=4, peak=1.0, end=0.2) == pytest.approx(0.2)
-
-
-def test_learning_rate_at_the_edges() -> None:
-    assert learning_rate(0, steps=1, warmup=0, peak=2.0) == 2.0
-    assert learning_rate(5, steps=5, warmup=5, peak=2.0) == 2.0  # a run that is all warmup
-    assert [learning_rate(step, steps=4, warmup=2, peak=3.0, kind="constant") for step in range(4)] == [1.5, 3, 3, 3]
-    assert learning_rate(100, steps=10, warmup=0, peak=1.0, end=0.1) == pytest.approx(0.1)  # never rises again
-
-
-@pytest.mark.parametrize("warmup", [Duration(10, "steps"), Duration(0.1, "fraction"), Duration(0.5, "epochs")])
-def test_warmup_in_every_unit(warmup: Duration) -> None:
-    schedule = make_schedule(OptimSettings(lr=1.0, warmup=warmup), steps=100, steps_per_epoch=20, batch_size=8)
-    assert schedule(0) == pytest.approx(0.1)
-    assert schedule(9) == 1.0
-    assert schedule(99) < 0.01

@@ -114,8 +114,11 @@ def test_a_run_folder_holds_what_it_should(whole: Path, shards: Path) -> None:
         "checkpoints",
         "model",
         "config.json",
+        "data.jsonl",
         "metrics.jsonl",
         "loss.png",
+        "summary.html",
+        "writer.lock",
     }
     assert load_run(whole / "config.json") == settings(shards, whole)
     with Image.open(whole / "loss.png") as curve:
@@ -145,7 +148,7 @@ def test_the_state_of_a_checkpoint(whole: Path, shards: Path) -> None:
     assert state["step"] == 4 and state["samples"] == 32
     assert state["identity"]["data"] == {"fingerprint": ShardSet.open(shards).fingerprint, "num_samples": 40}
     assert state["config"]["optim"]["lr"] == 0.01
-    assert {"torch", "numpy", "python"} == state["random"].keys()
+    assert [{"torch", "numpy", "python"}] == [states.keys() for states in state["random"]]  # of each process
     assert {"vlkit", "torch", "numpy", "python"} == state["versions"].keys()
 
 

@@ -1,6 +1,7 @@
 """What a training run shows: a bar on a terminal, else a line every ten seconds. And how signals stop it."""
 
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -73,6 +74,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0  # the number of the signal
+        self.save = False  # whether a checkpoint was asked for
         self.training = False  # whether a step was done
 
     def __call__(self) -> bool:
@@ -80,12 +82,17 @@ class StopRequest:
         self.training = True
         return self.signal != 0
 
+    def take_save(self) -> bool:
+        """Whether a checkpoint was asked for since this was last called."""
+        asked, self.save = self.save, False
+        return asked
+
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """SIGTERM or Ctrl-C end training after the current step, with a checkpoint.
+    """SIGTERM or Ctrl-C end training after the current step, with a checkpoint; SIGUSR1 only has one saved.
 
-    Before the first step, or when it comes a second time, a signal ends the command at once.
+    Before the first step, or when it comes a second time, a signal that ends training ends the command at once.
     """
     request = StopRequest()
 
@@ -94,10 +101,16 @@ def stop_on_signals() -> Iterator[StopRequest]:
             raise SystemExit(128 + number)
         request.signal = number
 
+    def note(number: int, frame: FrameType | None) -> None:
+        request.save = True
+
     if threading.current_thread() is not threading.main_thread():  # where Python takes no handlers
         yield request
         return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {signal.SIGTERM: handle, signal.SIGINT: handle}
+    if sys.platform != "win32":
+        handlers[signal.SIGUSR1] = note
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield request
     finally:

@@ -1,6 +1,5 @@
 """`vlkit train`: pretrain from a run file, continue a run, or see what a run would be."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,9 @@ if TYPE_CHECKING:
     from vlkit.training.plan import Plan
 
 
+_MOST_GROUPS = 20
+
+
 def train(
     run: Annotated[str, typer.Argument(help="A run file (TOML), or the name of a shipped run.", metavar="RUN")],
     overrides: Annotated[
@@ -27,9 +29,9 @@ def train(
     """Pretrain an image-text model on shards.
 
     The folder `run.out` gets checkpoints, metrics.jsonl, loss.png and the trained `model`, which every other
-    command loads as run:FOLDER. Ctrl-C and SIGTERM save a checkpoint and stop; --resume continues.
+    command loads as run:FOLDER. Ctrl-C and SIGTERM save a checkpoint and stop; --resume continues. SIGUSR1 saves one.
 
-    Several GPUs: torchrun --nproc-per-node=N --no-python vlkit train RUN
+    Several GPUs: torchrun --nproc-per-node=N --no-python vlkit train RUN, or srun with one task a GPU.
     """
     from vlkit.config import load_run
 
@@ -45,15 +47,16 @@ def train(
 def _train(run: "RunConfig", resume: bool, json: bool) -> None:
     require_own_eval()
     from eval.in_training import make_every
+    from vlkit.distributed import launch
     from vlkit.settings import Duration
     from vlkit.training.loop import Every
     from vlkit.training.pretrain import pretrain
 
-    is_main = os.environ.get("RANK", "0") == "0"
-    every = make_every(run) if is_main else []
+    is_main = launch().rank == 0
     with live_line() as live, stop_on_signals() as stop:
-        shown = Every(Duration(1, "steps"), live.update)
-        out = pretrain(run, every=[*every, shown], resume=resume, say=say, stop=stop)
+        shown = [Every(Duration(1, "steps"), live.update, reads_encoder=False)] if is_main else []
+        every = [*make_every(run), *shown]
+        out = pretrain(run, every=every, resume=resume, say=say, stop=stop, save_now=stop.take_save)
     if stop.signal and not (live.moment is not None and live.moment.last):
         raise SystemExit(128 + stop.signal)
     if is_main:
@@ -91,11 +94,27 @@ def _show_plan(run: "RunConfig", json: bool) -> None:
         print_json({"out": run.run.out, **plan.to_dict(), "evaluations": evaluations})
         return
     print_table(f"Plan of the run {run.run.out}", ("what", "value"), _plan_rows(run, plan))
+    _show_groups(plan)
     columns = ("evaluation", "data", "every", "problem")
     if evaluations:
         print_table(None, columns, [[entry[column] for column in columns] for entry in evaluations])
     if plan.data.problem:
         say(f"The training data was not found, so the batch was made up: {plan.data.problem}")
+
+
+def _show_groups(plan: "Plan") -> None:
+    """What each source or class gives in an epoch, where there are several; of many the first."""
+    groups = plan.data.groups
+    if len(groups) < 2:
+        return
+    rows = [
+        (group.name, f"{group.num_samples:,}", f"{group.share:.4%}", f"{group.expected:,.1f}", f"{group.planned:,}",
+         f"{group.passes:.3g}")
+        for group in groups[:_MOST_GROUPS]
+    ]  # fmt: skip
+    left_out = f" (the first {_MOST_GROUPS} of {len(groups):,})" if len(groups) > _MOST_GROUPS else ""
+    columns = (plan.data.kind, "samples", "share", "expected", "realised", "passes")
+    print_table(f"An epoch by {plan.data.kind}{left_out}", columns, rows)
 
 
 def _check_evaluations(run: "RunConfig") -> list[dict[str, str | None]]:
@@ -112,7 +131,8 @@ def _check_evaluations(run: "RunConfig") -> list[dict[str, str | None]]:
         except DataError as error:
             problem = str(error)
         data = entry.data if isinstance(entry.data, str) else "::".join(entry.data)
-        rows.append({"evaluation": entry.name, "data": data, "every": str(entry.every), "problem": problem})
+        name = entry.protocol or entry.name
+        rows.append({"evaluation": name, "data": data, "every": str(entry.every), "problem": problem})
     return rows
 
 
@@ -128,6 +148,7 @@ def _plan_rows(run: "RunConfig", plan: "Plan") -> list[tuple[str, str]]:
         ("device", f"{plan.device}, {plan.precision}, {plan.num_processes} process(es), {plan.num_workers} worker(s)"),
         *towers,
         ("training data", found),
+        ("remainder of an epoch", data.remainder or "unknown without data"),
         ("batch", f"{plan.batch_size:,} images over all processes"),
         ("steps", _count(plan.steps)),
         ("steps per epoch", _count(plan.steps_per_epoch)),

@@ -1,6 +1,6 @@
 """What the losses over all pairs of a batch share: which rows count, how they lie over processes, what is no pair."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ class Share(NamedTuple):
     text: Tensor  # (R,D)
     own: Tensor  # (G,) the image row each text of all processes describes; -1 for the texts of others
     texts: Spread  # how the texts lie over processes: R here, G in all
+    images: Spread  # how the images lie over processes
     num_described: int  # images with a text, over all processes
-    most_images: int  # of any process
     same: "SameKeys | None"  # what is neither positive nor negative
 
 
@@ -83,19 +83,86 @@ def share_of(
     if over_ranks:
         counts = gather_counts(torch.tensor(counts[0], device=text.device))
     num_texts, num_described, num_images = zip(*counts, strict=True)
-    texts = Spread(num_texts, rank() if over_ranks else 0)
+    me = rank() if over_ranks else 0
+    texts, images = Spread(num_texts, me), Spread(num_images, me)
     own = torch.full((texts.total,), -1, dtype=torch.int64, device=text.device)
     own[texts.own] = text_to_image
     same = None
     if same_caption is not None or same_image is not None:
         same = _same_keys(image, text_to_image, texts, same_caption, same_image)
-    return Share(image, text, own, texts, sum(num_described), max(num_images), same)
+    return Share(image, text, own, texts, images, sum(num_described), same)
 
 
 def own_in_tile(own: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:
     """The row of each text's image in a tile (1, G), and whether it is in the tile (G,), without asking the device."""
     place = own - start
     return place.clamp(0, rows - 1)[None], (place >= 0) & (place < rows)
+
+
+def tile_logits(
+    tile: Tensor, texts: Tensor, scale: Tensor, share: Share, start: int, only_negatives: bool = False
+) -> Tensor:
+    """(rows, G) logits of the images from `start` on; -inf where an image and a text are neither positive nor
+    negative, and with `only_negatives` also where they are positive."""
+    logits = (scale * tile) @ texts.T
+    if share.same is not None:
+        logits.masked_fill_(share.same.mask(share.own, start, len(tile)), -torch.inf)
+    if only_negatives:
+        place, inside = own_in_tile(share.own, start, len(tile))
+        logits.scatter_(0, place, logits.gather(0, place).masked_fill_(inside, -torch.inf))
+    return logits
+
+
+class LogSumExps(NamedTuple):
+    """Of the logits of all images with all texts."""
+
+    image: Tensor  # (B,) of each image over texts
+    text: Tensor  # (G,) of each text over the images of all processes
+    own_logit: Tensor  # (G,) each text's logit with its own image; 0 for texts of other processes
+
+
+def log_sum_exps(
+    image: Tensor, texts: Tensor, scale: Tensor, share: Share, rows: int, only_negatives: bool = False
+) -> LogSumExps:
+    """One pass over tiles of `rows` images; what has no logit gets the lowest number instead of -inf."""
+    lse_image = image.new_empty(len(image))
+    own_logit = image.new_zeros(len(texts))
+    top, total = image.new_full((len(texts),), lowest(image)), image.new_zeros(len(texts))
+    for start in range(0, len(image), rows):
+        logits = tile_logits(image[start : start + rows], texts, scale, share, start, only_negatives)
+        lse_image[start : start + rows] = logits.logsumexp(dim=1)
+        place, inside = own_in_tile(share.own, start, len(logits))
+        own_logit += logits.gather(0, place)[0].masked_fill(~inside, 0)
+        # Online: what was summed below an older maximum is brought below the new one.
+        new_top = torch.maximum(top, logits.amax(dim=0))
+        total = total * (top - new_top).exp_() + logits.sub_(new_top).exp_().sum(dim=0)
+        top = new_top
+    top_of_all = share.texts.max(top.clone())
+    total = share.texts.sum(total * (top - top_of_all).exp_())
+    lse_text = (top_of_all + total.log()).clamp_(min=lowest(image))
+    return LogSumExps(lse_image.clamp_(min=lowest(image)), lse_text, own_logit)
+
+
+def lowest(values: Tensor) -> float:
+    """Stands for -inf where a difference of two must not be nan."""
+    return torch.finfo(values.dtype).min
+
+
+def sum_over_ranks(mine: Tensor, spread: Spread) -> Tensor:
+    """() the sum over processes of what each adds to a loss, with gradients for averaging over processes."""
+    total: Tensor = _SumOverRanks.apply(mine, spread)
+    return total
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, spread: Spread) -> Tensor:
+        ctx.num_ranks = spread.num_ranks
+        return spread.sum(mine.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad * ctx.num_ranks, None
 
 
 def accumulation_dtype(features: Tensor) -> torch.dtype:

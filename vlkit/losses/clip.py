@@ -16,7 +16,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vlkit.contracts import Features, ImageTextBatch
-from vlkit.losses.base import TILE_SIZE, Duplicates, Share, accumulation_dtype, keys_of, own_in_tile, share_of
+from vlkit.losses.base import (
+    TILE_SIZE,
+    Duplicates,
+    LogSumExps,
+    Share,
+    accumulation_dtype,
+    keys_of,
+    log_sum_exps,
+    lowest,
+    own_in_tile,
+    share_of,
+    tile_logits,
+)
 
 
 def clip_loss(
@@ -120,14 +132,14 @@ class _TiledClip(torch.autograd.Function):
         weights = _weights(image, share)
         ctx.share, ctx.rows = share, max(1, tile_size // len(texts))
         # All processes must go the same way, or they would wait for each other in different places.
-        ctx.in_one_pass = ctx.rows >= share.most_images and any(ctx.needs_input_grad)
+        ctx.in_one_pass = ctx.rows >= max(share.images.counts) and any(ctx.needs_input_grad)
         if ctx.in_one_pass:
             parts, gradients = _one_pass(image, texts, scale, share, weights)
             ctx.save_for_backward(*gradients)
         else:
-            parts = _log_sum_exps(image, texts, scale, share, ctx.rows)
-            ctx.save_for_backward(image, texts, scale, parts.lse_image, parts.lse_text)
-        mine = weights.text * parts.lse_text[share.texts.own].sum() + weights.image @ parts.lse_image
+            parts = log_sum_exps(image, texts, scale, share, ctx.rows)
+            ctx.save_for_backward(image, texts, scale, parts.image, parts.text)
+        mine = weights.text * parts.text[share.texts.own].sum() + weights.image @ parts.image
         return share.texts.sum(mine - weights.own @ parts.own_logit)
 
     @staticmethod
@@ -140,12 +152,6 @@ class _TiledClip(torch.autograd.Function):
                 by_image, by_text, by_scale = _gradients(*ctx.saved_tensors, share=ctx.share, rows=ctx.rows)
             of_features = grad * ctx.share.texts.num_ranks
             return of_features * by_image, of_features * by_text, grad * by_scale, None, None
-
-
-class _Parts(NamedTuple):
-    lse_image: Tensor  # (B,) log-sum-exp of each image over texts
-    lse_text: Tensor  # (G,) of each text over the images of all processes
-    own_logit: Tensor  # (G,) each text's logit with its own image; 0 for texts of other processes
 
 
 def _weights(image: Tensor, share: Share) -> _Weights:
@@ -161,47 +167,29 @@ def _weights(image: Tensor, share: Share) -> _Weights:
 
 def _one_pass(
     image: Tensor, texts: Tensor, scale: Tensor, share: Share, weights: _Weights
-) -> tuple[_Parts, tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[LogSumExps, tuple[Tensor, Tensor, Tensor]]:
     """The loss and its gradients by image, own text and scale, from one tile that holds all logits."""
     if len(image) == 0:
-        parts = _log_sum_exps(image, texts, scale, share, 1)
+        parts = log_sum_exps(image, texts, scale, share, 1)
         return parts, _reduced(image, torch.zeros_like(texts), image, scale, share)
-    logits = _logits(image, texts, scale, share, 0)
+    logits = tile_logits(image, texts, scale, share, 0)
     place, inside = own_in_tile(share.own, 0, len(image))
     own_logit = logits.gather(0, place)[0].masked_fill(~inside, 0)  # -inf times zero would be nan
-    top_image = logits.amax(dim=1, keepdim=True).clamp_(min=_lowest(logits))
+    top_image = logits.amax(dim=1, keepdim=True).clamp_(min=lowest(logits))
     gradient = (logits - top_image).exp_()
     sum_image = gradient.sum(dim=1, keepdim=True)
     # An image without a text may have nothing but duplicates beside it: it has no weight, whatever its sum.
     gradient *= weights.image[:, None] / sum_image.clamp(min=torch.finfo(image.dtype).tiny)
-    top_text = share.texts.max(logits.amax(dim=0).clamp_(min=_lowest(logits)))
+    top_text = share.texts.max(logits.amax(dim=0).clamp_(min=lowest(logits)))
     sum_text = share.texts.sum(logits.sub_(top_text).exp_().sum(dim=0))
     gradient.addcmul_(logits, (weights.text / sum_text)[None])
     gradient.scatter_add_(0, place, -weights.own[None])
     lse_image = (top_image + sum_image.clamp(min=torch.finfo(image.dtype).tiny).log())[:, 0]
     by_image = gradient @ texts
     return (
-        _Parts(lse_image, top_text + sum_text.log(), own_logit),
+        LogSumExps(lse_image, top_text + sum_text.log(), own_logit),
         _reduced(by_image, gradient.T @ image, image, scale, share),
     )
-
-
-def _log_sum_exps(image: Tensor, texts: Tensor, scale: Tensor, share: Share, rows: int) -> _Parts:
-    lse_image = image.new_empty(len(image))
-    own_logit = image.new_zeros(len(texts))
-    top, total = image.new_full((len(texts),), _lowest(image)), image.new_zeros(len(texts))
-    for start in range(0, len(image), rows):
-        logits = _logits(image[start : start + rows], texts, scale, share, start)
-        lse_image[start : start + rows] = logits.logsumexp(dim=1)
-        place, inside = own_in_tile(share.own, start, len(logits))
-        own_logit += logits.gather(0, place)[0].masked_fill(~inside, 0)
-        # Online: what was summed below an older maximum is brought below the new one.
-        new_top = torch.maximum(top, logits.amax(dim=0))
-        total = total * (top - new_top).exp_() + logits.sub_(new_top).exp_().sum(dim=0)
-        top = new_top
-    top_of_all = share.texts.max(top.clone())
-    total = share.texts.sum(total * (top - top_of_all).exp_())
-    return _Parts(lse_image.clamp_(min=_lowest(image)), top_of_all + total.log(), own_logit)
 
 
 def _gradients(
@@ -214,7 +202,7 @@ def _gradients(
     shift_image, shift_text = lse_image - weights.image.log(), lse_text - math.log(weights.text)
     for start in range(0, len(image), rows):
         tile = image[start : start + rows]
-        logits = _logits(tile, texts, scale, share, start)
+        logits = tile_logits(tile, texts, scale, share, start)
         gradient = (logits - shift_image[start : start + rows, None]).exp_()
         gradient += logits.sub_(shift_text).exp_()
         place, inside = own_in_tile(share.own, start, len(tile))
@@ -224,22 +212,9 @@ def _gradients(
     return _reduced(by_image, by_texts, image, scale, share)
 
 
-def _logits(tile: Tensor, texts: Tensor, scale: Tensor, share: Share, start: int) -> Tensor:
-    """(rows, G) logits; -inf where an image and a text are neither positive nor negative."""
-    logits = (scale * tile) @ texts.T
-    if share.same is not None:
-        logits.masked_fill_(share.same.mask(share.own, start, len(tile)), -torch.inf)
-    return logits
-
-
 def _reduced(
     by_image: Tensor, by_texts: Tensor, image: Tensor, scale: Tensor, share: Share
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From gradients by scaled cosine to those by image, own text and scale, the latter two summed over processes."""
     by_scale = share.texts.sum((image * by_image).sum())
     return by_image.mul_(scale), share.texts.sum_own(by_texts.mul_(scale)), by_scale
-
-
-def _lowest(values: Tensor) -> float:
-    """Stands for -inf where a difference of two must not be nan."""
-    return torch.finfo(values.dtype).min

@@ -7,6 +7,7 @@ output = objective(encoder(batch), batch, step)     # output.total, output.parts
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from vlkit.contracts import Features, ImageTextBatch
@@ -56,6 +57,12 @@ class Objective(nn.Module):
         values: dict[str, Tensor] = {name: term(features, batch, step) for name, term in self.terms.items()}
         total = sum((value * self.weight(name, step) for name, value in values.items()), start=_zero(values))
         return LossOutput(total, {name: value.detach() for name, value in values.items()})
+
+    def begin(self, *, num_samples: int, steps_per_epoch: int, steps: int, device: torch.device) -> None:
+        """Tell the terms that keep something for each sample what run this is; before a checkpoint is put in."""
+        for term in self.terms.values():
+            if hasattr(term, "begin"):
+                term.begin(num_samples=num_samples, steps_per_epoch=steps_per_epoch, steps=steps, device=device)  # type: ignore[operator]
 
     def weight(self, name: str, step: int) -> float:
         """The weight of a term at a step."""

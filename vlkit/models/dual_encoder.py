@@ -40,6 +40,9 @@ class DualEncoder(nn.Module, ABC):
     mean: Tensor
     std: Tensor
 
+    # Further sizes that are taken besides `image_size`, while a run trains on smaller images first.
+    stage_sizes: frozenset[int] = frozenset()
+
     def __init__(
         self,
         *,
@@ -123,7 +126,7 @@ class DualEncoder(nn.Module, ABC):
         """
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
             raise ModelError(f"Images have shape {tuple(images.shape)}; expected (B,3,{self.image_size},...), square.")
-        if images.shape[2] != self.image_size:
+        if images.shape[2] != self.image_size and images.shape[2] not in self.stage_sizes:
             raise ModelError(
                 f"Images are {images.shape[2]} pixels wide, this model takes {self.image_size}. "
                 "Apply its `preprocess` first."
@@ -178,6 +181,7 @@ class DualEncoder(nn.Module, ABC):
             patches=self._in_joint_space(vision, pixels, normalize=True),
             words=F.normalize(text.words(words), dim=-1),
             word_mask=text.word_mask(batch.tokens),
+            extra={"patch_tokens": vision.patches(pixels)},
         )
 
     def _in_joint_space(self, tower: VisionTower, x: Tensor, normalize: bool) -> Tensor:
@@ -191,7 +195,8 @@ class DualEncoder(nn.Module, ABC):
 
     def _dense_vision_tower(self) -> VisionTower:
         tower = self.vision_tower
-        if self.training and getattr(self, "drops_patches", False):
+        # A tower that is frozen stays in eval mode while the rest trains, and drops nothing.
+        if self.training and tower.blocks[0].module.training and getattr(self, "drops_patches", False):
             raise ModelError("Patch dropout is on: the remaining patches have no fixed place. Call eval() first.")
         return tower
 

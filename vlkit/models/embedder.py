@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlkit.contracts import Progress
-from vlkit.data.images import ImageLike, iterate_images
+from vlkit.data.images import ImageChunk, ImageLike, iterate_images
+from vlkit.data.transforms import Preprocess
 from vlkit.errors import DataError
 from vlkit.models.dual_encoder import DualEncoder
+
+# How images are read. "fast": libjpeg-turbo and torch's resize, EXIF rotation applied. "reference": pillow, EXIF
+# ignored: to the bit what open_clip and its peers feed their models, several times slower.
+Decode = Literal["fast", "reference"]
 
 # Threads that decode while the model computes. More bring nothing: one decodes as fast as a CPU embeds, and a few
 # keep up with a GPU.
@@ -45,10 +50,16 @@ class Embedder:
     """A trained encoder with its preprocessing and tokenizer. `vlkit.load_embedder(name)` makes one.
 
     Embeddings are float32 on the CPU, unit norm, one row per input in the order of the input.
+
+    Attributes:
+        encoder: the model.
+        name: as the user gave it.
+        decode: how images are read; "reference" where numbers are to be compared with published ones.
     """
 
     encoder: DualEncoder
     name: str
+    decode: Decode = "fast"
 
     def embed_images(
         self,
@@ -68,12 +79,7 @@ class Embedder:
         Raises:
             DataError: an image cannot be read; the message names it.
         """
-        out = torch.empty(len(images), self.embed_dim)
-        for chunk in self.iterate_embeddings(images, batch_size, progress, workers):
-            if chunk.failures:
-                raise DataError(f"Image {chunk.failures[0][0]} of {len(images)}: {chunk.failures[0][1]}")
-            out[chunk.rows] = chunk.embeddings
-        return out
+        return all_of(self.iterate_embeddings(images, batch_size, progress, workers), len(images), self.embed_dim)
 
     def embed_images_where_readable(
         self,
@@ -83,14 +89,7 @@ class Embedder:
         workers: int | None = None,
     ) -> ReadableImages:
         """The same, leaving out and naming those that cannot be read."""
-        kept: list[int] = []
-        failures: list[tuple[int, str]] = []
-        out = torch.empty(len(images), self.embed_dim)
-        for chunk in self.iterate_embeddings(images, batch_size, progress, workers):
-            out[len(kept) : len(kept) + len(chunk.rows)] = chunk.embeddings
-            kept += chunk.rows
-            failures += chunk.failures
-        return ReadableImages(out[: len(kept)], kept, failures)
+        return readable_of(self.iterate_embeddings(images, batch_size, progress, workers), len(images), self.embed_dim)
 
     def embed_texts(self, texts: Sequence[str], batch_size: int = 256, progress: Progress | None = None) -> Tensor:
         """Texts to (N,D). Equal texts are embedded once, and texts of like length together.
@@ -128,9 +127,8 @@ class Embedder:
         """`embed_images_where_readable` a chunk at a time, in order: for results that should not wait for the last."""
         if isinstance(images, str | Path):
             raise DataError(f"embed_images takes a list of images, got the one path {images}. Put it into a list.")
-        threads = min(os.cpu_count() or 1, _MOST_WORKERS) if workers is None else workers
         done = 0
-        for chunk in iterate_images(images, self.encoder.preprocess, batch_size=batch_size, workers=threads):
+        for chunk in self.iterate_pixels(images, batch_size, workers):
             raw = torch.empty(0, self.embed_dim)
             if chunk.rows:
                 # Not around the whole loop: a generator that waits would leave the mode on for its caller.
@@ -142,6 +140,23 @@ class Embedder:
             with torch.inference_mode():
                 unit, norms = F.normalize(raw, dim=-1), raw.norm(dim=-1)
             yield EmbeddedChunk(chunk.rows, unit, chunk.failures, norms)
+
+    def iterate_pixels(
+        self,
+        images: Sequence[ImageLike],
+        batch_size: int = 64,
+        workers: int | None = None,
+        preprocess: Preprocess | None = None,
+    ) -> Iterator[ImageChunk]:
+        """Images as this embedder reads them, (b,3,size,size) uint8 a chunk; `preprocess` in place of the model's."""
+        yield from iterate_images(
+            images,
+            preprocess or self.encoder.preprocess,
+            batch_size=batch_size,
+            workers=min(os.cpu_count() or 1, _MOST_WORKERS) if workers is None else workers,
+            reference=self.decode == "reference",
+            exif="apply" if self.decode == "fast" else "ignore",
+        )
 
     @property
     def device(self) -> torch.device:
@@ -185,6 +200,32 @@ class Embedder:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def all_of(chunks: Iterable[EmbeddedChunk], num_images: int, embed_dim: int) -> Tensor:
+    """All chunks of `num_images` images as one (N,D).
+
+    Raises:
+        DataError: an image could not be read; at the chunk it stands in.
+    """
+    out = torch.empty(num_images, embed_dim)
+    for chunk in chunks:
+        if chunk.failures:
+            raise DataError(f"Image {chunk.failures[0][0]} of {num_images}: {chunk.failures[0][1]}")
+        out[chunk.rows] = chunk.embeddings
+    return out
+
+
+def readable_of(chunks: Iterable[EmbeddedChunk], num_images: int, embed_dim: int) -> ReadableImages:
+    """All chunks of `num_images` images as one, without those that could not be read."""
+    out = torch.empty(num_images, embed_dim)
+    kept: list[int] = []
+    failures: list[tuple[int, str]] = []
+    for chunk in chunks:
+        out[len(kept) : len(kept) + len(chunk.rows)] = chunk.embeddings
+        kept += chunk.rows
+        failures += chunk.failures
+    return ReadableImages(out[: len(kept)], kept, failures)
 
 
 def check_texts(texts: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ There is one shape of model: open_clip's custom-text form, with the text tower u
 converted when they are loaded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from vlkit.errors import CheckpointError, ModelError, did_you_mean
 from vlkit.models import open_clip_towers as towers
 from vlkit.models.architecture import Architecture, resolve_architecture
 from vlkit.models.dual_encoder import DualEncoder
+from vlkit.models.lora import has_lora, merge_updates
 from vlkit.models.tokenizers import TextTokenizer
 from vlkit.models.tower import TextTower, VisionTower
 from vlkit.models.weight_files import differences, read_weights
@@ -245,17 +246,29 @@ def load_published(encoder: OpenClipEncoder, path: Path, names: frozenset[str], 
         encoder.model.logit_bias.data.fill_(start.item())  # type: ignore[operator]
 
 
-def load_exact(encoder: OpenClipEncoder, path: Path) -> None:
+def load_exact(
+    encoder: OpenClipEncoder,
+    path: Path,
+    copy: Callable[[dict[str, Tensor], dict[str, Tensor]], None] | None = None,
+) -> None:
     """Put weights saved by `save_encoder` into an encoder: every name and shape must agree.
+
+    Args:
+        copy: (the encoder's tensors, those read) -> None, for tensors that need more than torch's own way.
 
     Raises:
         CheckpointError: the file is cut, or belongs to another architecture; the message lists what differs.
     """
     found = read_weights(path)
+    if not has_lora(encoder):
+        found = merge_updates(found)  # a checkpoint of a run with LoRA keeps both apart
     wrong = differences(found=found, expected=encoder.weights())
     if wrong:
         raise CheckpointError(f"{path} does not hold weights of architecture {encoder.architecture.name}: {wrong}")
-    encoder.model.load_state_dict(found, strict=True)
+    if copy is None:
+        encoder.model.load_state_dict(found, strict=True)
+    else:
+        copy(encoder.weights(), found)
 
 
 def _parts(model: Any) -> tuple[nn.Module, nn.Module]:

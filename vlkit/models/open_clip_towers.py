@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlkit.models.tower import Block, TextTower, VisionTower
@@ -82,9 +83,11 @@ def vision_tower(vision: Any, pixels: Callable[[Tensor], Tensor]) -> VisionTower
     norm_last = bool(vision.final_ln_after_pool)
 
     def embed(images: Tensor) -> Tensor:
-        x = vision.conv1(pixels(images)).flatten(2).transpose(1, 2)  # (B,P,W)
-        first = vision.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-        x = torch.cat([first, x], dim=1) + vision.positional_embedding.to(x.dtype)
+        grid = vision.conv1(pixels(images))
+        x = grid.flatten(2).transpose(1, 2)  # (B,P,W)
+        first = vision.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
+        # (x.shape[0] and not len(x), which would fix the batch size of an exported graph.)
+        x = torch.cat([first, x], dim=1) + _positions(vision, grid.shape[2], grid.shape[3]).to(x.dtype)
         out: Tensor = vision.ln_pre(vision.patch_dropout(x))
         return out
 
@@ -109,14 +112,28 @@ def vision_tower(vision: Any, pixels: Callable[[Tensor], Tensor]) -> VisionTower
     )
 
 
+def _positions(vision: Any, height: int, width: int) -> Tensor:
+    """The position embeddings (1+P,W); for images of another size resized as open_clip resizes those it loads."""
+    table: Tensor = vision.positional_embedding
+    rows, columns = int(vision.grid_size[0]), int(vision.grid_size[1])
+    if (height, width) == (rows, columns):
+        return table
+    image = table[1:].float().T.reshape(1, -1, rows, columns)
+    image = F.interpolate(image, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([table[:1], image[0].flatten(1).T.to(table.dtype)])
+
+
 def text_tower(text: Any) -> TextTower:
     """The stages of a text transformer, causal or not."""
 
+    def token_vectors(tokens: Tensor) -> Tensor:
+        x: Tensor = text.token_embedding(tokens).to(text.transformer.get_cast_dtype())
+        return x
+
     def embed(tokens: Tensor) -> Tensor:
-        dtype = text.transformer.get_cast_dtype()
-        x: Tensor = text.token_embedding(tokens).to(dtype)
+        x = token_vectors(tokens)
         positions: Tensor = text.positional_embedding[: tokens.shape[1]]
-        return x + positions.to(dtype)
+        return x + positions.to(x.dtype)
 
     def mask(x: Tensor) -> Tensor | None:
         return None if text.attn_mask is None else _causal_mask(text.attn_mask, x.shape[1])
@@ -131,7 +148,7 @@ def text_tower(text: Any) -> TextTower:
 
     def finish(x: Tensor, tokens: Tensor) -> Tensor:
         # The norm works on each position alone, so it need not see those that pooling drops.
-        return project(x[torch.arange(len(x), device=x.device), end_positions(text, tokens)])
+        return project(x[torch.arange(x.shape[0], device=x.device), end_positions(text, tokens)])
 
     def word_mask(tokens: Tensor) -> Tensor:
         if text.pool_type != "argmax":
@@ -141,7 +158,12 @@ def text_tower(text: Any) -> TextTower:
         return (positions > 0) & (positions < end_positions(text, tokens)[:, None])
 
     return TextTower(
-        embed=embed, blocks=_blocks(text.transformer, mask), finish=finish, words=project, word_mask=word_mask
+        embed=embed,
+        blocks=_blocks(text.transformer, mask),
+        finish=finish,
+        words=project,
+        word_mask=word_mask,
+        token_vectors=token_vectors,
     )
 
 

@@ -19,11 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from vlkit import __version__
 from vlkit.errors import CheckpointError, ModelError
 from vlkit.models.dual_encoder import DualEncoder
+from vlkit.models.lora import merged_weights
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -33,12 +35,13 @@ MANIFEST = "manifest.json"
 _log = logging.getLogger(__name__)
 
 
-def save_encoder(encoder: DualEncoder, folder: str | Path) -> Path:
+def save_encoder(encoder: DualEncoder, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> Path:
     """Write a model folder; an older one of that name is replaced once the new one is whole.
 
     Args:
         encoder: any encoder built on open_clip.
         folder: the folder to make.
+        weights: on the CPU, no two sharing memory, in place of the encoder's own (with LoRA's updates merged).
 
     Returns:
         The folder.
@@ -54,7 +57,8 @@ def save_encoder(encoder: DualEncoder, folder: str | Path) -> Path:
         raise ModelError(f"Only encoders built on open_clip can be saved as a model folder, not {type(encoder)}.")
     config = {"model_cfg": record["model_cfg"], "preprocess_cfg": record["preprocess_cfg"]}
     with atomic_folder(folder) as new:
-        save_file(_on_cpu(encoder.weights()), new / WEIGHTS, metadata={"format": "pt"})
+        own = _on_cpu(merged_weights(encoder)) if weights is None else dict(weights)
+        save_file(own, new / WEIGHTS, metadata={"format": "pt"})
         write_json(new / CONFIG, config)
         write_json(new / RECORD, {"vlkit": __version__, "family": encoder.training_family, **record})
         encoder.tokenize.vocabulary.save(new)
@@ -104,6 +108,8 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         _swap(new, target)
     except OSError as error:
         raise CheckpointError(f"Cannot write {target}: {error.strerror or error}.") from error
+    except SafetensorError as error:  # how it says that the disk is full
+        raise CheckpointError(f"Cannot write {target}: {error}.") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

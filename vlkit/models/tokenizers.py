@@ -20,6 +20,7 @@ from vlkit.errors import ModelError
 from vlkit.models.catalogue import open_clip_part
 
 CLIP_BPE = "open_clip:clip_bpe"
+NO_TEXT = "none:images_only"  # of encoders without a text tower
 CLIP_CONTEXT_LENGTH = 77
 CLIP_VOCABULARY = 49408
 
@@ -66,6 +67,10 @@ class TextTokenizer:
         """Token ids of each text, start and end included, no padding, cut to the context length."""
         return self.vocabulary.encode_ragged(texts, self.context_length)
 
+    def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, start and end included, no padding, not cut."""
+        return self.vocabulary.encode_ragged(texts)
+
     def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Ragged ids -> (R,T) int64; rows longer than the context are cut and keep their end token."""
         rows = [cut(row, self.context_length) for row in rows]
@@ -104,6 +109,11 @@ def get_tokenizer(tokenizer_id: str, folder: Path | None = None) -> Vocabulary:
     options = {key: json.loads(value) for key, value in parse_qsl(query)}
     if f"{scheme}:{name}" == CLIP_BPE:
         return ClipBpe(tokenizer_id, options)
+    if tokenizer_id == NO_TEXT:
+        raise ModelError(
+            "This model embeds images only and takes no texts. Use it for probes, kNN and image retrieval; for texts "
+            "take a CLIP model (`vlkit models`)."
+        )
     if scheme == "hf" and name:
         return HubTokenizer(tokenizer_id, str(folder or unquote(name)), options)
     raise ModelError(f"Unknown tokenizer {tokenizer_id!r}. Valid: {CLIP_BPE}, or hf:org/name.")

@@ -49,6 +49,7 @@ class TextTower:
     finish: Callable[[Tensor, Tensor], Tensor]  # x (R,T,W), tokens (R,T) -> (R,D)
     words: Callable[[Tensor], Tensor]  # x (R,T,W) after the blocks -> (R,T,D), every position in the joint space
     word_mask: Callable[[Tensor], Tensor]  # tokens (R,T) -> (R,T) bool: no start, end or padding
+    token_vectors: Callable[[Tensor], Tensor]  # tokens (...) -> (...,W), what `embed` adds the positions to
 
     def run(self, tokens: Tensor) -> Tensor:
         """All three stages: tokens (R,T) -> (R,D), not unit norm."""

@@ -38,6 +38,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
 
 
+def read_any_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors or torch file, on the CPU, without running code from it.
+
+    Raises:
+        CheckpointError: missing, cut, or no file of weights.
+        ModelError: a pickle that would run code.
+    """
+    if path.suffix == ".safetensors":
+        return read_weights(path)
+    content = _state_dict(path, _load_torch(path))
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
 def differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """What keeps weights from fitting a model, a few names of each kind; empty when they fit."""
     shapes = [

@@ -1,29 +1,44 @@
 """From a run file to the objects it names: encoder, loader, optimiser step. Shared by training and its dry run."""
 
+import copy
 import math
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlkit.config import AugmentSettings, RunConfig
 from vlkit.contracts import Features, ImageTextBatch
+from vlkit.data.caption_choice import CaptionChoice
+from vlkit.data.epoch_plan import Plan
 from vlkit.data.loader import Loader
+from vlkit.data.rand_augment import RandAugment
+from vlkit.data.sample_reader import Failure
 from vlkit.data.shard_index import ShardSet
-from vlkit.data.transforms import Augment
-from vlkit.distributed import rank, world_size
+from vlkit.data.transforms import Augment, Preprocess
+from vlkit.distributed import launch, rank, world_size
 from vlkit.errors import ConfigError
 from vlkit.losses import TERMS, LossOutput, Objective
+from vlkit.losses.patch_alignment import PATCH_TOKENS
 from vlkit.losses.sigmoid import START_LOGIT_BIAS, START_LOGIT_SCALE
 from vlkit.models.dual_encoder import DualEncoder
 from vlkit.models.load import load_encoder, pick_device
+from vlkit.models.patch_dropout import PatchDropout
+from vlkit.models.tokenizers import TextTokenizer
+from vlkit.run_sections import PatchAlignmentSettings
+from vlkit.training.ema import Ema
+from vlkit.training.heads import head_term
 from vlkit.training.loop import Pace
-from vlkit.training.optim import make_optimizer, make_schedule
+from vlkit.training.optim import make_optimizer
+from vlkit.training.schedules import make_schedule
+from vlkit.training.sharded import shard
+from vlkit.training.stages import PATCH_DRAWS
+from vlkit.training.teacher import Teacher
+from vlkit.training.trainable import compile_blocks, lr_scales, prepare
 
 # Where the parameters and modules of each tower are found, in an encoder or in the model it wraps.
 TOWERS = {"image": "visual", "text": "text"}
@@ -40,6 +55,14 @@ class Learner(NamedTuple):
     encoder: DualEncoder
     module: "PretrainStep"
     optimizer: torch.optim.Optimizer
+    twin: DualEncoder | None = None  # whole, on the CPU, where FSDP spreads the encoder's weights; see view.py
+    ema: Ema | None = None
+    teacher: Teacher | None = None
+
+    @property
+    def kept(self) -> nn.Module:
+        """What a checkpoint holds beside the encoder and the optimiser: state of the losses, averaged weights."""
+        return nn.ModuleDict({"objective": self.module.objective} | ({"ema": self.ema} if self.ema else {}))
 
 
 class Course(NamedTuple):
@@ -58,14 +81,23 @@ class PretrainStep(nn.Module):
         encoder: images and texts to features.
         objective: features to losses.
         precision: "bf16" runs the encoder under autocast; the losses are float32 in any case.
+        patch_dropout: part of the encoder; leaves out patches where the batch brings numbers for that.
     """
 
-    def __init__(self, encoder: DualEncoder, objective: Objective, precision: Literal["fp32", "bf16"] = "fp32") -> None:
+    def __init__(
+        self,
+        encoder: DualEncoder,
+        objective: Objective,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        patch_dropout: PatchDropout | None = None,
+    ) -> None:
         super().__init__()
+        self._patch_dropout = [patch_dropout] if patch_dropout else []  # in a list: it is a module of the encoder
         self.encoder = encoder
         self.objective = objective
         self.precision = precision
         self.channels_last = has_overlapping_convolutions(encoder)
+        self.local = any(PATCH_TOKENS in term.needs for term in objective.terms.values())  # type: ignore[operator]
 
     def forward(self, batch: ImageTextBatch, step: int) -> LossOutput:
         """The losses of a batch that is on the encoder's device."""
@@ -77,8 +109,14 @@ class PretrainStep(nn.Module):
         if self.channels_last:
             batch = batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last))
         device, bf16 = self.encoder.device, self.precision == "bf16"
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16), _attention_for(device, bf16):
-            features: Features = self.encoder(batch)
+        for dropout in self._patch_dropout:
+            dropout.draws = batch.extra.get(PATCH_DRAWS)
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16), _attention_for(device, bf16):
+                features: Features = self.encoder(batch, local=True) if self.local else self.encoder(batch)
+        finally:
+            for dropout in self._patch_dropout:
+                dropout.draws = None
         return features
 
 
@@ -90,20 +128,21 @@ def _attention_for(device: torch.device, bf16: bool) -> AbstractContextManager[N
 
 
 def choose_device(run: RunConfig) -> torch.device:
-    """The device of this process; with several processes on a machine each takes the GPU of its local number."""
+    """The device of this process; with several processes on a machine each takes the GPU of its local number.
+
+    Raises:
+        ConfigError: there are fewer GPUs than processes on this machine.
+    """
     device = pick_device(run.run.device)
     if device.type == "cuda" and run.run.device in {"auto", "cuda"}:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        number, count = launch().local_rank, torch.cuda.device_count()
+        if number >= count:
+            raise ConfigError(
+                f"Process {number} on this machine has no GPU of its own: there are {count}. Start at most {count}."
+            )
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     return device
-
-
-def join_processes(device: torch.device) -> bool:
-    """Join the other processes when `torchrun` started several; whether it did so here."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        return False
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return True
 
 
 def choose_precision(run: RunConfig, device: torch.device) -> Literal["fp32", "bf16"]:
@@ -134,17 +173,36 @@ def build_learner(run: RunConfig, device: torch.device) -> Learner:
     encoder = encoder.to(device)
     if has_overlapping_convolutions(encoder):
         encoder = encoder.to(memory_format=torch.channels_last)
-    for tower in run.model.freeze:
-        tower_module(encoder, tower).requires_grad_(False)
-    if "sigmoid" not in run.loss.terms:
-        _freeze_bias(encoder)
+    patch_dropout = prepare(encoder, run)
     train_mode(encoder, run)
     terms = {
-        name: (term.weight, TERMS[name](**term.model_dump(exclude={"weight"}))) for name, term in run.loss.terms.items()
+        name: (
+            term.weight,
+            head_term(term, encoder, run.run.seed)
+            if isinstance(term, PatchAlignmentSettings)
+            else TERMS[name](**term.arguments),
+        )
+        for name, term in run.loss.terms.items()
     }
-    objective = Objective(terms, gives=encoder.gives | DATA_GIVES)
-    module = PretrainStep(encoder, objective, choose_precision(run, device))
-    return Learner(encoder, module, make_optimizer(module, run.optim))
+    teacher = _build_teacher(run, encoder)
+    objective = Objective(terms, gives=encoder.gives | _data_gives(run) | {"teacher"})
+    module = PretrainStep(encoder, objective, choose_precision(run, device), patch_dropout)
+    twin = None
+    if run.run.parallel == "fsdp" and world_size() > 1:
+        twin = copy.deepcopy(encoder).to("cpu")
+        shard(encoder)
+    optimizer = make_optimizer(module, run.optim, lr_scales(module, encoder, run))
+    ema = None if run.optim.ema is None else Ema(encoder, run.optim.ema)
+    if run.model.compile:
+        compile_blocks(encoder)
+    return Learner(encoder, module, optimizer, twin, ema, teacher)
+
+
+def _build_teacher(run: RunConfig, student: DualEncoder) -> Teacher | None:
+    if run.loss.distillation is None or run.loss.distillation.teacher is None:
+        return None
+    encoder = load_encoder(run.loss.distillation.teacher).to(student.device)
+    return Teacher(encoder, student, rows_at_a_time(run))
 
 
 def with_bias(encoder: DualEncoder) -> DualEncoder:
@@ -164,13 +222,6 @@ def with_bias(encoder: DualEncoder) -> DualEncoder:
     biased.model.load_state_dict({**encoder.weights(), "logit_bias": bias})
     biased.log_scale.data.fill_(math.log(START_LOGIT_SCALE))
     return biased
-
-
-def _freeze_bias(encoder: DualEncoder) -> None:
-    """A softmax loss does not see the bias, and wrappers for several processes ask for every gradient."""
-    for name, parameter in encoder.named_parameters():
-        if name.rpartition(".")[2] == "logit_bias":
-            parameter.requires_grad_(False)
 
 
 def has_overlapping_convolutions(module: nn.Module) -> bool:
@@ -204,22 +255,46 @@ def plan_course(run: RunConfig, steps_per_epoch: int) -> Course:
     return Course(steps, Pace(batch_size, steps_per_epoch), schedule, warmup)
 
 
-def build_loader(run: RunConfig, shards: ShardSet, encoder: DualEncoder) -> Loader:
-    """The training batches of this process."""
+def build_loader(
+    run: RunConfig,
+    shards: ShardSet,
+    encoder: DualEncoder,
+    plan: Plan | None = None,
+    captions: CaptionChoice | None = None,
+    on_broken: Callable[[Sequence[Failure]], None] | None = None,
+    preprocess: Preprocess | None = None,
+    tokenize: TextTokenizer | None = None,
+) -> Loader:
+    """The training batches of this process; `plan`, `captions` and `on_broken` as for `Loader`.
+
+    `preprocess` and `tokenize` are the encoder's where none are given.
+    """
     return Loader(
         shards,
-        encoder.tokenize,
+        tokenize or encoder.tokenize,
         batch_size=run.data.global_batch_size,
-        preprocess=encoder.preprocess,
+        preprocess=preprocess or encoder.preprocess,
         augment=_augment(run.data.augment),
+        second_view=_augment(run.data.second_view),
+        labels=run.data.labels,
         captions_per_image=run.data.captions_per_image,
         token_dropout=run.data.token_dropout,
+        window=run.data.window,
         seed=run.run.seed,
         workers=num_workers(run, encoder.device),
         rank=rank(),
         world_size=world_size(),
         max_bad_fraction=run.data.max_bad_fraction,
+        plan=plan,
+        captions=captions,
+        on_broken=on_broken,
     )
+
+
+def _data_gives(run: RunConfig) -> frozenset[str]:
+    """What the batches of a run hold beyond what the encoder gives."""
+    asked_for = {"second_view": run.data.second_view is not None, "labels": run.data.labels}
+    return DATA_GIVES | {name for name, given in asked_for.items() if given}
 
 
 def rows_at_a_time(run: RunConfig) -> int:
@@ -233,16 +308,8 @@ def num_workers(run: RunConfig, device: torch.device) -> int:
     if isinstance(run.data.workers, int):
         return run.data.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = cores // launch().local_world_size
     return min(max(share - 1, 0), 1 if device.type == "cpu" else _MOST_WORKERS)
-
-
-def batches_from(loader: Loader, step: int) -> Generator[ImageTextBatch, None, None]:
-    """The batches after `step` steps, epoch after epoch without end."""
-    epoch, index = loader.plan.position(step)
-    while True:
-        yield from loader.epoch(epoch, start=index)
-        epoch, index = epoch + 1, 0
 
 
 def to_device(batch: ImageTextBatch, device: torch.device) -> ImageTextBatch:
@@ -270,4 +337,7 @@ def _build_encoder(run: RunConfig) -> DualEncoder:
 
 
 def _augment(settings: AugmentSettings | None) -> Augment | None:
-    return None if settings is None else Augment(**settings.model_dump())
+    if settings is None:
+        return None
+    rand_augment = None if settings.rand_augment is None else RandAugment(**settings.rand_augment.model_dump())
+    return Augment(**settings.model_dump(exclude={"rand_augment"}), rand_augment=rand_augment)

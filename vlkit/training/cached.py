@@ -119,7 +119,7 @@ def split(batch: ImageTextBatch, chunk_size: int) -> Iterator[Chunk]:
             caption_hash=batch.caption_hash[texts],
             valid=batch.valid[start : start + chunk_size],
             extra={
-                name: value[start : start + chunk_size] if len(value) == num_images else value
+                name: value[start : start + chunk_size] if value.ndim and len(value) == num_images else value
                 for name, value in batch.extra.items()
             },
             keys=batch.keys[start : start + chunk_size],
@@ -180,7 +180,8 @@ def _backward(features: Features, whole: Features, chunk: Chunk, with_shared: bo
             gradient = gradient[(chunk.texts if name in _OF_TEXTS else chunk.images).to(gradient.device)]
         ends.append(value)
         gradients.append(gradient)
-    torch.autograd.backward(ends, gradients)
+    if ends:  # none where both towers are frozen
+        torch.autograd.backward(ends, gradients)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -7,7 +7,8 @@
         manifest.json             size and sha256 of every file
 
 The order of the samples and every random choice about them follow from seed and step, so that no state of the
-loader is kept and the number of its workers may change.
+loader is kept and the number of its workers may change. Tensors that FSDP spreads over processes are saved whole, so
+that any number of processes continues, with DDP, FSDP or alone.
 """
 
 import json
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from vlkit import __version__
+from vlkit.distributed import gather_objects, is_main, rank, world_size
 from vlkit.errors import CheckpointError
 from vlkit.models.dual_encoder import DualEncoder
 from vlkit.models.saved import (
@@ -34,6 +36,7 @@ from vlkit.models.saved import (
     write_json,
     write_manifest,
 )
+from vlkit.training.sharded import load_whole, placed_like, whole
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
@@ -68,31 +71,53 @@ def latest_good(run: Path) -> Found:
     return Found(None, notes)
 
 
-def save_checkpoint(
-    run: Path,
+class Snapshot(NamedTuple):
+    """All that a checkpoint holds, on the CPU and cut off from training, which may go on while it is written."""
+
+    step: int
+    weights: dict[str, Tensor]  # of the encoder, whole, under open_clip's names
+    tensors: dict[str, Tensor]  # of the optimiser and the losses, whole
+    state: dict[str, Any]  # JSON types
+
+
+def take_snapshot(
     step: int,
     encoder: DualEncoder,
     optimizer: torch.optim.Optimizer,
     losses: nn.Module,
     state: Mapping[str, Any],
-) -> Path:
-    """Write the checkpoint of a step; it takes its name only when it is whole and on the disk.
+) -> Snapshot | None:
+    """Copy everything that a checkpoint holds. All processes call this; only the main one gets something.
 
     Args:
         state: what else to keep, in JSON types.
+    """
+    tensors = {f"optimizer.{name}": value for name, value in _optimizer_tensors(optimizer).items()}
+    tensors |= {f"losses.{name}": value for name, value in losses.state_dict().items()}
+    copies = [_on_cpu(values, is_main()) for values in (encoder.weights(), tensors)]
+    random = gather_objects(random_states())
+    if not is_main():
+        return None
+    rest = {"step": step, **state, "random": random, "processes": world_size(), "versions": versions()}
+    return Snapshot(step, copies[0], copies[1], rest)
+
+
+def write_snapshot(run: Path, snapshot: Snapshot, encoder: DualEncoder) -> Path:
+    """Write the checkpoint of a step; it takes its name only when it is whole and on the disk.
+
+    Args:
+        encoder: whose record and tokenizer go with the weights; its own weights are not read.
 
     Raises:
         CheckpointError: it cannot be written; earlier checkpoints are untouched.
     """
     from safetensors.torch import save_file
 
-    folder = checkpoint_folder(run, step)
-    tensors = {f"optimizer.{name}": value for name, value in _optimizer_tensors(optimizer).items()}
-    tensors |= {f"losses.{name}": value for name, value in losses.state_dict().items()}
+    folder = checkpoint_folder(run, snapshot.step)
     with atomic_folder(folder) as new:
-        save_encoder(encoder, new / "model")
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, new / OPTIMIZER)
-        write_json(new / STATE, {"step": step, **state, "random": random_states(), "versions": versions()})
+        save_encoder(encoder, new / "model", weights=snapshot.weights)
+        save_file(snapshot.tensors, new / OPTIMIZER)
+        write_json(new / STATE, snapshot.state)
         write_manifest(new)
     return folder
 
@@ -100,7 +125,7 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, encoder: DualEncoder, optimizer: torch.optim.Optimizer, losses: nn.Module
 ) -> dict[str, Any]:
-    """Put a checkpoint into objects built from the same settings.
+    """Put a checkpoint into objects built from the same settings, spread over any number of processes or on one.
 
     Returns:
         The state it was saved with.
@@ -113,12 +138,14 @@ def load_checkpoint(
     from vlkit.models.open_clip_encoder import OpenClipEncoder, load_exact
 
     assert isinstance(encoder, OpenClipEncoder), type(encoder)
-    load_exact(encoder, folder / "model" / WEIGHTS)
+    load_exact(encoder, folder / "model" / WEIGHTS, copy=load_whole)
     tensors = load_file(folder / OPTIMIZER)
     _load_optimizer(optimizer, _with_prefix(tensors, "optimizer."), folder)
     losses.load_state_dict(_with_prefix(tensors, "losses."))
     state = read_json(folder / STATE)
-    restore_random_states(state["random"])
+    # A process that was not there when it was saved keeps its own: training draws nothing from them.
+    if rank() < len(state["random"]):
+        restore_random_states(state["random"][rank()])
     return state
 
 
@@ -211,9 +238,19 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
         parameter = parameters[numbers[owner]]
         if value.shape == parameter.shape:
             # The fused kernel walks through memory, so the state must be laid out as its parameter (channels last).
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            value = placed_like(value, parameter)
         state.setdefault(numbers[owner], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _on_cpu(values: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Copies of whole tensors; with keep=False only the exchange that the others wait for."""
+    found = {}
+    for name, value in values.items():
+        full = whole(value.detach())
+        if keep:  # copied, because training goes on, and because safetensors refuses shared memory (tied weights)
+            found[name] = full.to("cpu", copy=True).contiguous()
+    return found
 
 
 def _names(optimizer: torch.optim.Optimizer) -> list[str]:

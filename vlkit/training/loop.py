@@ -18,13 +18,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vlkit.contracts import ImageTextBatch
+from vlkit.distributed import agreed, gather_objects, world_size
 from vlkit.errors import DataError, VlkitError
 from vlkit.losses.objective import LossOutput
 from vlkit.models.dual_encoder import DualEncoder
 from vlkit.settings import Duration
+from vlkit.training.sharded import own_part, scale_gradients, spread_as, total_norm
 
 
 class Pace(NamedTuple):
@@ -51,7 +52,9 @@ class Moment:
     samples_per_second: float  # of this step
     data_wait: float  # fraction of this step spent waiting for its batch
     stopping: bool  # a signal asked to stop after this step
+    asked: bool  # a signal asked for a checkpoint after this step
     metrics: Mapping[str, float]  # what earlier entries of `every` returned after this step
+    keys: Sequence[str] = field(repr=False)  # of this process's samples
     encoder: DualEncoder = field(repr=False)
 
     @property
@@ -66,15 +69,16 @@ Action = Callable[[Moment], Mapping[str, float] | None]
 
 @dataclass(frozen=True)
 class Every:
-    """Something to do every so often, and always after the last step; or when a signal asks the run to stop."""
+    """Something to do every so often, and always after the last step; or when a signal asks for it."""
 
     when: Duration | Literal["signal"]
     action: Action
+    reads_encoder: bool = True  # False spares the preparations that an evaluation needs
 
     def due(self, before: float, now: float, moment: Moment) -> bool:
         """Whether a multiple of `when` lies between two counts of its unit, the later one included."""
         if isinstance(self.when, str):
-            return moment.stopping and not moment.last
+            return (moment.stopping or moment.asked) and not moment.last
         # A hair above, because a count of epochs may fall short of a whole number by a rounding error.
         periods = [math.floor(count / self.when.amount + 1e-9) for count in (before, now)]
         return moment.last or periods[0] < periods[1]
@@ -108,7 +112,9 @@ def fit(
     seconds: float = 0.0,
     clip_norm: float | None = None,
     watch: Callable[[], Mapping[str, Tensor]] = dict,
+    norms_every: int | None = None,
     stop: Callable[[], bool] = lambda: False,
+    save_now: Callable[[], bool] = lambda: False,
 ) -> int:
     """Train from step `start` up to `steps`.
 
@@ -123,7 +129,13 @@ def fit(
         seconds: what earlier parts of the run took.
         clip_norm: longer gradients are shortened to this.
         watch: () values to record beside the loss.
-        stop: asked after each step; True ends training after the entries that wait for a signal.
+        norms_every: after so many steps record the norm of the parameters and of what the step changed in them.
+        stop: asked in each step; True in any process ends training after it, and after the entries that wait for a
+            signal.
+        save_now: asked in each step; True in any process has those entries done.
+
+    With several processes all call this alike. Loss, time and the wish to stop are agreed on in each step, so that
+    all do the same afterwards; values are those of the main process.
 
     Returns:
         Steps done; fewer than `steps` when stopped.
@@ -147,28 +159,32 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         output = step(batch, i)
         norm = _clip_gradients(parameters, clip_norm)
-        loss, grad_norm, parts, watched = _to_host(output.total, norm, output.parts, watch())
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            numbers = {"loss": loss, "grad_norm": grad_norm, "lr": lr, **parts, **watched}
-            raise NonFiniteError(_place(i, numbers, batch))
-        optimizer.step()
+        values = {"loss": output.total, "grad_norm": norm, **watch()}
+        here = _agree(values, output.parts, time.perf_counter() - began, (stop(), save_now()))
+        if here.broken:
+            raise NonFiniteError(_place(i, {**here.values, **here.parts, "lr": lr}, batch))
+        norms = norms_every is not None and (i + 1) % norms_every == 0
+        changed = _step_and_measure(optimizer, parameters) if norms else _step(optimizer)
 
         done = time.perf_counter()
+        loss, grad_norm = here.values.pop("loss"), here.values.pop("grad_norm")
         moment = Moment(
             step=i + 1,
             steps=steps,
             samples=(i + 1) * pace.batch_size,
             epoch=(i + 1) / pace.steps_per_epoch,
-            seconds=done - began,
+            seconds=here.seconds,
             lr=lr,
             loss=loss,
-            parts=parts,
-            watched=watched,
+            parts=here.parts,
+            watched={**here.values, **changed},
             grad_norm=grad_norm,
             samples_per_second=pace.batch_size / (done - asked),
             data_wait=(received - asked) / (done - asked),
-            stopping=stop(),
+            stopping=here.stopping,
+            asked=here.asked,
             metrics={},
+            keys=batch.keys,
             encoder=encoder,
         )
         for position, entry in enumerate(every):
@@ -195,35 +211,71 @@ def _count(entry: Every, step: int, seconds: float, pace: Pace) -> float:
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr
 
 
 def _clip_gradients(parameters: Sequence[Tensor], clip_norm: float | None) -> Tensor:
     """Shorten the gradients together to `clip_norm` where they are longer; their norm () before that."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = get_total_norm(gradients)
+    norm = total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if clip_norm is not None:
-        clip_grads_with_norm_(parameters, clip_norm, norm)
+        scale_gradients(parameters, norm, clip_norm)
     return norm
 
 
-def _to_host(
-    loss: Tensor, grad_norm: Tensor, parts: Mapping[str, Tensor], watched: Mapping[str, Tensor]
-) -> tuple[float, float, dict[str, float], dict[str, float]]:
-    """All values of a step in one copy, because each copy waits for the device."""
-    values = [loss, grad_norm, *parts.values(), *watched.values()]
-    numbers = torch.stack([value.detach().float().reshape(()) for value in values]).tolist()
-    split = 2 + len(parts)
-    return (
-        numbers[0],
-        numbers[1],
-        dict(zip(parts, numbers[2:split], strict=True)),
-        dict(zip(watched, numbers[split:], strict=True)),
+def _step(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    optimizer.step()
+    return {}
+
+
+@torch.no_grad()
+def _step_and_measure(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> dict[str, float]:
+    """Take the step and say how long the parameters are, and how far they went."""
+    # The copy costs no memory at the peak: activations are gone by now.
+    before = [own_part(parameter).detach().clone() for parameter in parameters]
+    length = total_norm([parameter.detach() for parameter in parameters])
+    optimizer.step()
+    for old, parameter in zip(before, parameters, strict=True):
+        old.sub_(own_part(parameter))
+    moved = [spread_as(old, parameter) for old, parameter in zip(before, parameters, strict=True)]
+    return dict(zip(("param_norm", "update_norm"), torch.stack([length, total_norm(moved)]).tolist(), strict=True))
+
+
+class _Agreed(NamedTuple):
+    """What all processes go on with after forward and backward."""
+
+    values: dict[str, float]
+    parts: dict[str, float]
+    seconds: float
+    stopping: bool
+    asked: bool
+    broken: bool  # loss or gradient is no finite number in some process
+
+
+def _agree(
+    values: Mapping[str, Tensor], parts: Mapping[str, Tensor], seconds: float, asked: tuple[bool, bool]
+) -> _Agreed:
+    """The main process's values, in one copy to the host, because each copy waits for the device."""
+    measured = torch.stack([value.detach().float().reshape(()) for value in [*values.values(), *parts.values()]])
+    broken = ~measured[:2].isfinite().all()
+    own = measured.new_tensor([seconds, *map(float, asked)], dtype=torch.float64 if world_size() > 1 else None)
+    shared, flags = agreed(torch.cat([measured, own[:1]]), torch.cat([own[1:], broken.to(own)[None]]))
+    *numbers, of_main, stopping, saving, any_broken = torch.cat([shared, flags]).tolist()
+    split = len(values)
+    return _Agreed(
+        dict(zip(values, numbers[:split], strict=True)),
+        dict(zip(parts, numbers[split:], strict=True)),
+        of_main if world_size() > 1 else seconds,
+        stopping > 0,
+        saving > 0,
+        any_broken > 0,
     )
 
 
 def _place(step: int, numbers: Mapping[str, float], batch: ImageTextBatch) -> dict[str, Any]:
     # As text where JSON has no such number.
     record = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
-    return {"step": step + 1, **record, "keys": list(batch.keys), "ids": batch.ids.tolist()}
+    # Of all processes: which of them has the broken sample is not known.
+    shares = gather_objects((list(batch.keys), batch.ids.tolist()))
+    keys, ids = ([item for share in shares for item in share[part]] for part in (0, 1))
+    return {"step": step + 1, **record, "keys": keys, "ids": ids}

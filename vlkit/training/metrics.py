@@ -1,13 +1,15 @@
-"""What a run writes down: one line of JSON a step in metrics.jsonl, and the curves in loss.png.
+"""What a run writes down: one line of JSON a step in metrics.jsonl.
 
-{"step": 12, "samples": 3072, "epoch": 0.5, "seconds": 4.1, "loss": 5.2, "parts": {"clip": 5.2}, "lr": 0.001,
+{"step": 20, "samples": 3072, "epoch": 0.5, "seconds": 4.1, "loss": 5.2, "parts": {"clip": 5.2}, "lr": 0.001,
  "grad_norm": 1.9, "logit_scale": 14.3, "samples_per_second": 750.1, "data_wait": 0.02,
+ "tflops": 41.0, "mfu": 0.04, "peak_memory": 9123456789,         # of one device; "mfu" where its peak is known
+ "contrastive_accuracy": 0.2, "param_norm": 90.1, "update_norm": 0.01,                          # each tenth step
  "eval": {"image_to_text/recall@1": 0.01, ...}}                  # "eval" only after steps that were evaluated
 """
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,12 @@ class MetricsLog:
         cut_back(path, step)
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, moment: Moment) -> None:
-        """One line for one step. Make it an entry of `every` after the evaluations whose results it should hold."""
-        self._file.write(json.dumps(_line(moment), allow_nan=False) + "\n")
+    def write(self, moment: Moment, extra: Mapping[str, float]) -> dict[str, Any]:
+        """One line for one step, which is returned; after the evaluations whose results it should hold."""
+        line = _line(moment, extra)
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
+        return line
 
     def secure(self) -> None:
         """Have everything on the disk, so that a checkpoint saved next is never ahead of this file."""
@@ -66,29 +70,7 @@ def cut_back(path: Path, step: int) -> None:
         raise CheckpointError(f"Cannot write {path}: {error.strerror or error}.") from error
 
 
-def plot_curves(metrics: Path, picture: Path) -> None:
-    """Draw the loss over steps, and the evaluations below it where there are any."""
-    # Figure instead of pyplot: no window system is asked, no global state is touched.
-    from matplotlib.figure import Figure
-
-    lines = list(read_metrics(metrics))
-    curves = _evaluations(lines)
-    figure = Figure(figsize=(8, 7 if curves else 4), layout="constrained")
-    axes = figure.subplots(2 if curves else 1, 1, sharex=True, squeeze=False)[:, 0]
-    axes[0].plot([line["step"] for line in lines], [line["loss"] for line in lines], linewidth=1)
-    axes[0].set_ylabel("loss (nats)")
-    for name, points in curves.items():
-        axes[-1].plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=name)
-    if curves:
-        axes[-1].set_ylabel("fraction")
-        axes[-1].legend(fontsize="small")
-    axes[-1].set_xlabel("step")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    figure.savefig(picture, dpi=110)
-
-
-def _line(moment: Moment) -> dict[str, Any]:
+def _line(moment: Moment, extra: Mapping[str, float]) -> dict[str, Any]:
     line = {
         "step": moment.step,
         "samples": moment.samples,
@@ -101,13 +83,6 @@ def _line(moment: Moment) -> dict[str, Any]:
         **moment.watched,
         "samples_per_second": moment.samples_per_second,
         "data_wait": moment.data_wait,
+        **extra,
     }
     return {**line, "eval": dict(moment.metrics)} if moment.metrics else line
-
-
-def _evaluations(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for line in lines:
-        for name, value in line.get("eval", {}).items():
-            curves.setdefault(name, []).append((line["step"], value))
-    return curves

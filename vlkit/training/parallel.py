@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vlkit.distributed import average_gradients, world_size
+from vlkit.training.sharded import is_sharded
 
 How = Literal["ddp", "fsdp"]
 
@@ -36,14 +37,16 @@ def on_ranks(module: nn.Module, how: How, device: torch.device) -> Parallel:
     """Wrap a module for the processes that train together; on one process it stays as it is.
 
     Args:
-        module: with "fsdp" its parameters are replaced by sharded ones, so optimisers are made afterwards; then
-            only its `forward` may be called, not methods of its children.
+        module: with "fsdp" its encoder was given to `sharded.shard` before the optimiser was made.
         how: "ddp": every process keeps all parameters; "fsdp": each keeps a share of them.
     """
     if world_size() == 1:
         return Parallel(module, lambda last: nullcontext(), lambda parameters: None)
     if how == "ddp":
         ids = [device.index] if device.type == "cuda" else None
+        # State of the losses, which keep it equal themselves: two numbers a sample are too many for each step.
+        own = [name for name, _ in module.named_buffers() if name.startswith("objective.")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, own)
         wrapped = DistributedDataParallel(module, device_ids=ids)
         known = {id(parameter) for parameter in module.parameters()}
         return Parallel(
@@ -51,21 +54,9 @@ def on_ranks(module: nn.Module, how: How, device: torch.device) -> Parallel:
             lambda last: nullcontext() if last else wrapped.no_sync(),
             lambda parameters: average_gradients(p for p in parameters if id(p) not in known),
         )
-    shard(module)
+    assert is_sharded(module), "shard(encoder) comes before the optimiser, and that before on_ranks"
     # Gradients are exchanged after each chunk: to add them up first would need all of them on every process.
     return Parallel(module, lambda last: nullcontext(), _average_unsharded)
-
-
-def shard(module: nn.Module) -> None:
-    """FSDP2 on each block of its towers and on what remains; parameters without dimensions stay whole."""
-    from torch.distributed.fsdp import fully_shard  # half a second that only this needs
-
-    whole = {parameter for parameter in module.parameters() if parameter.ndim == 0}
-    for child in list(module.modules()):
-        if isinstance(child, nn.ModuleList):
-            for block in child:
-                fully_shard(block, ignored_params=whole)
-    fully_shard(module, ignored_params=whole)
 
 
 def _average_unsharded(parameters: Iterable[nn.Parameter]) -> None:

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from vlkit.config import RunConfig
 from vlkit.contracts import ImageTextBatch
+from vlkit.data.caption_choice import CaptionChoice
+from vlkit.data.sampling import GroupCount
 from vlkit.data.shard_index import ShardSet
 from vlkit.distributed import world_size
 from vlkit.errors import DataError
 from vlkit.models.dual_encoder import DualEncoder, parameters_per_tower
-from vlkit.training import assemble
+from vlkit.training import assemble, training_data
 from vlkit.training.assemble import Learner
+from vlkit.training.stream import add_stored_teacher, reads_stored_teacher
 
 # On a CPU memory per image is measured on so many and multiplied: nobody waits for a batch of thousands there.
 _MOST_ROWS_ON_CPU = 32
@@ -28,6 +31,9 @@ class DataPlan:
     num_shards: int
     num_samples: int
     problem: str | None  # why there is none; the batch tried was made up then
+    remainder: str = ""  # what becomes of the samples that fill no batch
+    kind: str = "sources"  # or "classes"
+    groups: Sequence[GroupCount] = ()  # what each source or class gives in an epoch
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class Plan:
         """As JSON types."""
         plan = asdict(self)
         plan["memory"]["total"] = self.memory.total
+        plan["data"]["groups"] = [group._asdict() for group in self.data.groups]
         return plan
 
 
@@ -87,15 +94,24 @@ def dry_run(run: RunConfig) -> Plan:
     learner = assemble.build_learner(run, device)
     tried = _rows_to_try(run, device)
     try:
-        shards = ShardSet.open(run.data.train)
+        found = training_data.open_data(run)
     except DataError as error:
         steps_per_epoch, data = None, DataPlan(0, 0, str(error))
         batch = _made_up_batch(learner.encoder, tried)
     else:
-        with assemble.build_loader(run, shards, learner.encoder) as loader:  # opens no image and starts no process
-            steps_per_epoch = loader.num_batches
-        data = DataPlan(len(shards.shards), shards.num_samples, None)
-        batch = _real_batch(run, shards, learner.encoder, tried)
+        planned, captions = training_data.plan_data(run, found), training_data.choose_captions(run, found)
+        steps_per_epoch = planned.plan.num_batches
+        shards = found.shards
+        groups = planned.table(steps_per_epoch)
+        data = DataPlan(len(shards.shards), shards.num_samples, None, planned.remainder, planned.kind, groups)
+        batch = _real_batch(run, shards, learner.encoder, tried, captions)
+        if reads_stored_teacher(run):
+            batch = add_stored_teacher(batch, shards)
+    if learner.teacher is not None:
+        batch = learner.teacher(batch)
+    learner.module.objective.begin(
+        num_samples=max(data.num_samples, tried), steps_per_epoch=steps_per_epoch or 1, steps=1, device=device
+    )
     began = time.perf_counter()
     loss, kept = _train_on(learner, batch, run)
     seconds = time.perf_counter() - began
@@ -132,7 +148,7 @@ def _rows_to_try(run: RunConfig, device: torch.device) -> int:
 
 def _train_on(learner: Learner, batch: ImageTextBatch, run: RunConfig) -> tuple[float, int]:
     """The loss, and the bytes that forward kept for backward."""
-    encoder, module, optimizer = learner
+    encoder, module, optimizer = learner.encoder, learner.module, learner.optimizer
     kept = _KeptBytes(module)
     torch.manual_seed(run.run.seed)
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, _unchanged):
@@ -196,9 +212,11 @@ def _warmup(run: RunConfig, steps: int | None, steps_per_epoch: int | None) -> i
     return warmup.in_steps(total=steps or 0, steps_per_epoch=pace or 0, batch_size=run.data.global_batch_size)
 
 
-def _real_batch(run: RunConfig, shards: ShardSet, encoder: DualEncoder, rows: int) -> ImageTextBatch:
+def _real_batch(
+    run: RunConfig, shards: ShardSet, encoder: DualEncoder, rows: int, captions: CaptionChoice | None
+) -> ImageTextBatch:
     small = run.data.model_copy(update={"global_batch_size": rows * world_size(), "workers": 0})
-    with assemble.build_loader(run.model_copy(update={"data": small}), shards, encoder) as loader:
+    with assemble.build_loader(run.model_copy(update={"data": small}), shards, encoder, None, captions) as loader:
         return next(loader.epoch(0))
 
 
@@ -209,8 +227,18 @@ def _first_half(batch: ImageTextBatch) -> ImageTextBatch:
         images=batch.images[:rows],
         tokens=batch.tokens[texts],
         text_to_image=batch.text_to_image[texts],
+        ids=batch.ids[:rows],
+        caption_hash=batch.caption_hash[texts],
         valid=batch.valid[:rows],
+        extra={name: _half(name, value, rows, texts) for name, value in batch.extra.items()},
+        keys=batch.keys[:rows],
     )
+
+
+def _half(name: str, value: Tensor, rows: int, texts: Tensor) -> Tensor:
+    if value.ndim == 0:
+        return value
+    return value[texts.to(value.device)] if name == "teacher_text" else value[:rows]
 
 
 def _made_up_batch(encoder: DualEncoder, rows: int) -> ImageTextBatch:

@@ -1,24 +1,34 @@
 """The folder of a run: what is written while it trains, and how it is continued."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlkit.config import RunConfig
 from vlkit.data.shard_index import ShardSet
+from vlkit.distributed import from_main, is_main
 from vlkit.errors import CheckpointError, did_you_mean
 from vlkit.models.dual_encoder import DualEncoder
 from vlkit.models.saved import read_json, save_encoder, write_json
 from vlkit.training import checkpoint
 from vlkit.training.assemble import Learner
-from vlkit.training.loop import Moment
-from vlkit.training.metrics import MetricsLog, plot_curves, read_metrics
+from vlkit.training.folder_lock import FolderLock
+from vlkit.training.heads import save_heads
+from vlkit.training.loop import Moment, NonFiniteError
+from vlkit.training.metrics import MetricsLog, cut_back, read_metrics
+from vlkit.training.observe import SpikeLog
+from vlkit.training.saving import BackgroundWriter, Uploader
+from vlkit.training.summary import plot_curves, write_summary
+from vlkit.training.tracking import Trackers
 
 Say = Callable[[str], None]
 
 # Settings that do not change what is computed: a resumed run may have others, and nothing is said.
-_FREE = ("run.out:", "run.device:", "data.train:", "data.val:", "data.workers:", "data.max_bad", "checkpoint.", "eval:")
+_FREE = (
+    *("run.out:", "run.device:", "run.parallel:", "run.peer_timeout:", "run.trackers:", "run.peak_tflops:"),
+    *("run.rewinds:", "data.train:", "data.val:", "data.workers:", "data.max_bad", "checkpoint.", "eval:"),
+)
 
 
 class Start(NamedTuple):
@@ -26,6 +36,8 @@ class Start(NamedTuple):
 
     step: int
     seconds: float  # that earlier parts of the run took
+    skipped: int = 0  # batches that were left out, because the loss was no number with or after them
+    rewinds: int = 0  # how often that happened
 
 
 def require_no_run(out: Path) -> None:
@@ -42,14 +54,23 @@ def require_no_run(out: Path) -> None:
         )
 
 
-def identity(run: RunConfig, encoder: DualEncoder, shards: ShardSet) -> dict[str, Any]:
-    """What must be the same for a run to be continued, as JSON types."""
+def identity(
+    run: RunConfig, encoder: DualEncoder, shards: ShardSet, order: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What must be the same for a run to be continued, as JSON types; `order` is about the order of the samples."""
     same = {
         "data": {"fingerprint": shards.fingerprint, "num_samples": shards.num_samples},
         "model": encoder.record(),
         "seed": run.run.seed,
         "global_batch_size": run.data.global_batch_size,
         "captions_per_image": run.data.captions_per_image,
+        "loss": run.loss.model_dump(mode="json"),
+        "freeze": sorted(run.model.freeze),
+        # Only what is there, so that older runs can be continued.
+        **({"unfreeze": run.model.unfreeze} if run.model.unfreeze else {}),
+        **({"lora": run.model.lora.model_dump(mode="json")} if run.model.lora is not None else {}),
+        **({"ema": True} if run.optim.ema is not None else {}),
+        **(order or {}),
     }
     plain: dict[str, Any] = json.loads(json.dumps(same))
     return plain
@@ -62,7 +83,7 @@ def continue_run(run: RunConfig, learner: Learner, same: dict[str, Any], say: Sa
         CheckpointError: the checkpoint belongs to other data, another model, seed or batch size; all are listed.
     """
     out = Path(run.run.out)
-    found = checkpoint.latest_good(out)
+    found = from_main(checkpoint.latest_good(out) if is_main() else None)  # reading all of it once is enough
     for note in found.notes:
         say(note)
     if found.path is None:
@@ -83,53 +104,107 @@ def continue_run(run: RunConfig, learner: Learner, same: dict[str, Any], say: Sa
     ]
     if changed:
         say(f"Continuing with other settings than {found.path.name} was saved with: {'; '.join(changed)}.")
-    checkpoint.load_checkpoint(found.path, learner.encoder, learner.optimizer, learner.module.objective)
-    return Start(state["step"], state["seconds"])
+    return _load(found.path, learner)
+
+
+def _load(path: Path, learner: Learner) -> Start:
+    state = checkpoint.load_checkpoint(path, learner.encoder, learner.optimizer, learner.kept)
+    return Start(state["step"], state["seconds"], state["skipped"], state["rewinds"])
 
 
 class RunFolder:
-    """Writes a run folder. Only the main process makes one.
+    """Writes a run folder. All processes make one and call it alike; only the main one writes.
 
     Args:
         run: the settings; kept as config.json.
         learner: what checkpoints hold.
         same: the run's `identity`.
-        start: what is there of later steps is removed.
         say: takes remarks.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: another process writes the folder, or it cannot be written.
+        ConfigError: a tracker or an upload that is not there.
     """
 
-    def __init__(self, run: RunConfig, learner: Learner, same: dict[str, Any], start: Start, say: Say) -> None:
+    def __init__(self, run: RunConfig, learner: Learner, same: dict[str, Any], say: Say) -> None:
         self.path = Path(run.run.out)
+        self.extras: list[Callable[[Moment], Mapping[str, float]]] = []  # what metrics.jsonl holds beside the moment
         self._run, self._learner, self._same, self._say = run, learner, same, say
-        self._saved = start.step
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.json").write_text(run.to_json(), encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(f"Cannot write the run folder {self.path}: {error.strerror or error}.") from error
-        checkpoint.set_aside(self.path, start.step)
-        self.log = MetricsLog(self.path / "metrics.jsonl", start.step)
-        self._best = self._best_so_far()
+        self._start = Start(0, 0.0)
+        self._saved = 0
+        self._best: _Best | None = None
+        self._log: MetricsLog | None = None
+        self._writer = BackgroundWriter(run.checkpoint.in_background)
+        self._uploader: Uploader | None = None
+        self._trackers: Trackers | None = None
+        self._lock = FolderLock(self.path) if is_main() else None
+        if self._lock is not None and self._lock.ended_badly:
+            say(f"The run before in {self.path}, of {self._lock.ended_badly}, ended without finishing.")
+
+    def open(self, start: Start) -> None:
+        """Get ready to go on from a step; what is there of later steps is removed."""
+        self._spikes = SpikeLog(self.path / "spikes.jsonl")
+        if is_main():
+            config = self._run.model_dump(mode="json")
+            try:
+                (self.path / "config.json").write_text(self._run.to_json(), encoding="utf-8")
+            except OSError as error:
+                message = f"Cannot write the run folder {self.path}: {error.strerror or error}."
+                raise CheckpointError(message) from error
+            self._trackers = Trackers(self._run.run.trackers, self.path, config, self._say)
+            if self._run.checkpoint.upload:
+                self._uploader = Uploader(self._run.checkpoint.upload, self._say)
+        self._go_on_from(start)
+
+    def _go_on_from(self, start: Start) -> None:
+        self._start, self._saved = start, start.step
+        if is_main():
+            checkpoint.set_aside(self.path, start.step)
+            if (self.path / "spikes.jsonl").exists():
+                cut_back(self.path / "spikes.jsonl", start.step)
+            if self._log is not None:
+                self._log.close()
+            self._log = MetricsLog(self.path / "metrics.jsonl", start.step)
+        self._best = from_main(self._best_so_far() if is_main() else None)
+
+    def note(self, moment: Moment) -> None:
+        """Write down a step, and raise what went wrong in writing a checkpoint meanwhile."""
+        self._spikes(moment)
+        if self._log is not None:
+            extra = {name: value for give in self.extras for name, value in give(moment).items()}
+            line = self._log.write(moment, extra)
+            if self._trackers is not None:
+                self._trackers.log(line, moment.step)
+        self._writer.check()
 
     def save(self, moment: Moment) -> None:
         """Save a checkpoint, and delete those that need not be kept."""
         if self._saved == moment.step:
             return
-        self.log.secure()
+        self._saved = moment.step
         state = {
             "samples": moment.samples,
             "epoch": moment.epoch,
             "seconds": moment.seconds,
+            "skipped": self._start.skipped,
+            "rewinds": self._start.rewinds,
             "config": self._run.model_dump(mode="json"),
             "identity": self._same,
         }
-        encoder, module, optimizer = self._learner
-        checkpoint.save_checkpoint(self.path, moment.step, encoder, optimizer, module.objective, state)
-        self._saved = moment.step
-        checkpoint.prune(self.path, self._run.checkpoint.keep_last, keep=[self._best.step] if self._best else [])
+        learner = self._learner
+        snapshot = checkpoint.take_snapshot(
+            moment.step, learner.encoder, learner.optimizer, learner.kept, state
+        )
+        if snapshot is not None and self._log is not None:
+            self._log.secure()
+            keep = [self._best.step] if self._best else []
+            self._writer.submit(lambda: self._write(snapshot, keep))
+
+    def _write(self, snapshot: checkpoint.Snapshot, keep: list[int]) -> None:
+        written = checkpoint.write_snapshot(self.path, snapshot, self._learner.encoder)
+        checkpoint.prune(self.path, self._run.checkpoint.keep_last, keep)
+        if self._uploader is not None:
+            self._uploader.submit(written, f"checkpoints/{written.name}")
 
     def save_if_best(self, moment: Moment) -> None:
         """Save a checkpoint when this step's evaluation is the best so far, if the run asks for that."""
@@ -145,27 +220,80 @@ class RunFolder:
 
     def plot(self, moment: Moment) -> None:
         """Draw loss.png."""
-        plot_curves(self.log.path, self.path / "loss.png")
+        if self._log is not None:
+            plot_curves(self._log.path, self.path / "loss.png")
 
     def write_nonfinite(self, record: dict[str, Any]) -> Path:
         """Keep what is known of a step whose loss was no number."""
         path = self.path / "nonfinite.json"
-        write_json(path, record)
+        if is_main():
+            write_json(path, record)
         return path
 
-    def finish(self) -> None:
-        """Save the trained encoder as `model/`."""
-        save_encoder(self._learner.encoder, self.path / "model")
+    def rewind(self, error: NonFiniteError, start: Start) -> Start:
+        """Back to the last checkpoint, with the data after those that led to the error.
+
+        Args:
+            error: names the step.
+            start: where this part of the run began.
+
+        Raises:
+            NonFiniteError: the run does not ask for that (again), or there is no checkpoint.
+            CheckpointError: the last checkpoint could not be written.
+        """
+        self.wait()
+        found = from_main(checkpoint.latest_good(self.path) if is_main() else None)
+        if start.rewinds >= self._run.run.rewinds or found.path is None:
+            raise error
+        loaded = _load(found.path, self._learner)
+        failed = error.record["step"] - 1 + start.skipped  # its batch, counted from 0
+        again = loaded._replace(skipped=failed + 1 - loaded.step, rewinds=start.rewinds + 1)
+        self._say(
+            f"The loss was no number in step {error.record['step']}. Back to step {loaded.step} of {found.path.name}; "
+            f"{again.skipped - loaded.skipped} batches from there on are left out "
+            f"({again.rewinds} of {self._run.run.rewinds} times)."
+        )
+        self._go_on_from(again)
+        return again
+
+    def wait(self) -> None:
+        """Until the last checkpoint is written. Raises what went wrong in it."""
+        self._writer.wait()
+
+    def save_model(self, encoder: DualEncoder, name: str) -> None:
+        """Save an encoder beside the checkpoints, as a plain model: LoRA's updates are merged."""
+        if self._log is not None:
+            save_encoder(encoder, self.path / name)
+            if self._uploader is not None:
+                self._uploader.submit(self.path / name, name)
+
+    def finish(self, encoder: DualEncoder) -> None:
+        """Save the trained encoder as `model/`, and the summary."""
+        self.wait()
+        if self._log is not None:
+            save_encoder(encoder, self.path / "model")
+            save_heads(self._learner.module.objective, encoder, self.path)
+            write_summary(self.path)
+            if self._uploader is not None:
+                for name in ("model", "metrics.jsonl", "config.json", "summary.html"):
+                    self._uploader.submit(self.path / name, name)
 
     def close(self) -> None:
-        """Let go of the files."""
-        self.log.close()
+        """Wait for what is being written, and let go of the files."""
+        try:
+            self._writer.close()
+        finally:
+            for part in (self._uploader, self._trackers, self._log):
+                if part is not None:
+                    part.close()
+            if self._lock is not None:
+                self._lock.release()
 
     def _best_so_far(self) -> "_Best | None":
         metric = self._run.checkpoint.keep_best
         seen = [
             _Best(line["step"], line["eval"][metric])
-            for line in read_metrics(self.log.path)
+            for line in read_metrics(self.path / "metrics.jsonl")
             if metric in line.get("eval", {})
         ]
         return max(seen, key=lambda best: best.value, default=None)

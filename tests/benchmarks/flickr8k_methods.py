@@ -1,0 +1,201 @@
+"""Ways of pretraining beside plain CLIP on Flickr8k, each for the same time, with the same seeds.
+
+    vlkit shards build $VLKIT_DATA/flickr8k --split train --max-side 96 --out shards/flickr8k-train
+    python tests/benchmarks/flickr8k_methods.py --data $VLKIT_DATA/flickr8k --train shards/flickr8k-train \\
+        --trained runs/flickr8k_small --minutes 5 --seeds 0,1,2 --out runs/methods
+
+Each run first takes a few steps to learn how long one lasts, and then as many as fit into the time; its schedule is
+that of a run of this length. Recall@10 is measured on the 1,000 test images with their 5 captions, with bootstrap
+intervals over queries; nothing is chosen there. `--trained` names a run of `flickr8k_small`: the teacher of the
+distillation, and the frozen image tower of LiT; what it cost to train is not counted. FLIP needs a vision transformer
+and so has a plain run of its own beside it.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DIRECTIONS = ("image_to_text/recall@10", "text_to_image/recall@10")
+
+
+class Method(NamedTuple):
+    """A run file with what is changed in it."""
+
+    base: str
+    overrides: tuple[str, ...]
+    beside: str  # the plain run it is compared with
+    needs_trained: bool = False
+
+
+METHODS = {
+    "clip": Method("flickr8k_small", (), "clip"),
+    "sigmoid": Method("flickr8k_small", ("loss={sigmoid = 1.0}",), "clip"),
+    "fast_clip": Method("flickr8k_small", ("loss={fast_clip = {rho = 6.5}}", "optim.logit_scale_lr=2e-4"), "clip"),
+    "teacher": Method(
+        "flickr8k_small", ("loss={clip = 1.0, distillation = {weight = 1.0, teacher = '{teacher}'}}",), "clip", True
+    ),
+    "lit": Method("flickr8k_small", ("model.init={lit}", "model.freeze=['image']"), "clip", True),
+    "clip_vit": Method("flickr8k_vit", (), "clip_vit"),
+    "flip": Method("flickr8k_vit", ("model.patch_dropout=0.5",), "clip_vit"),
+}
+
+
+class Result(NamedTuple):
+    """One trained model."""
+
+    method: str
+    seed: int
+    steps: int
+    epochs: float
+    seconds: float
+    recall: Mapping[str, float]
+    interval: Mapping[str, tuple[float, float]]
+
+
+def train(name: str, seed: int, arguments: argparse.Namespace, places: Mapping[str, str]) -> tuple[Path, int]:
+    """A run of `--minutes`; the folder and the number of its steps."""
+    tried = arguments.out / f"{name}-{seed}-tried"
+    steps = steps_in(_pretrain(name, seed, tried, arguments.try_steps, arguments, places), arguments.minutes * 60)
+    return _pretrain(name, seed, arguments.out / f"{name}-{seed}", steps, arguments, places), steps
+
+
+def steps_in(tried: Path, seconds: float) -> int:
+    """How many steps fit into a time, after the run of a few."""
+    from vlkit.training.metrics import read_metrics
+
+    times = [line["seconds"] for line in read_metrics(tried / "metrics.jsonl")]
+    # The first step brings what is loaded on first use.
+    each = statistics.median(after - before for before, after in pairwise(times[1:]))
+    return max(10, int(seconds / each))
+
+
+def _pretrain(
+    name: str, seed: int, out: Path, steps: int, arguments: argparse.Namespace, places: Mapping[str, str]
+) -> Path:
+    from vlkit.config import load_run
+    from vlkit.training.pretrain import pretrain
+
+    method = METHODS[name]
+    changes = [
+        override.replace("{teacher}", places["teacher"]).replace("{lit}", places["lit"])
+        for override in method.overrides
+    ]
+    common = [
+        *(f"run.out={out}", f"run.seed={seed}", f"run.steps={steps}", f"data.train={arguments.train}"),
+        *("eval=[]", "checkpoint.every='100000 steps'", f"optim.precision={arguments.precision}"),
+    ]
+    run = load_run(method.base, [*common, *changes])
+    # Without the dev split, which nothing here reads.
+    run = run.model_copy(update={"data": run.data.model_copy(update={"val": None})})
+    return pretrain(run, say=lambda remark: None)
+
+
+def prepare_lit(trained: Path, seed: int, out: Path) -> str:
+    """A model folder with the trained image tower and a text tower with random weights."""
+    import torch
+
+    from vlkit.models.load import load_encoder
+    from vlkit.models.open_clip_encoder import build_encoder
+    from vlkit.models.saved import save_encoder
+
+    source = load_encoder(f"run:{trained}")
+    torch.manual_seed(seed)
+    fresh = build_encoder(source.record()["model_cfg"], preprocess=source.record()["preprocess_cfg"])
+    weights = {name: value for name, value in source.weights().items() if name.startswith("visual.")}
+    fresh.model.load_state_dict(weights, strict=False)
+    return f"local-dir:{save_encoder(fresh, out / f'lit-start-{seed}')}"
+
+
+def evaluate(folder: Path, data: Path) -> tuple[Mapping[str, float], Mapping[str, tuple[float, float]]]:
+    """Recall@10 in both directions on the test split, and the intervals."""
+    from eval.retrieval import RetrievalEvaluator
+    from vlkit import load_embedder
+    from vlkit.data.sources import read_source
+
+    evaluation = RetrievalEvaluator(read_source(str(data), split="test").records).run(load_embedder(f"run:{folder}"))
+    return (
+        {name: evaluation.metrics[name] for name in DIRECTIONS},
+        {name: evaluation.intervals[name] for name in DIRECTIONS},
+    )
+
+
+def run_one(name: str, seed: int, arguments: argparse.Namespace) -> Result:
+    places = {"teacher": f"run:{arguments.trained}", "lit": ""}
+    if name == "lit":
+        places["lit"] = prepare_lit(arguments.trained, seed, arguments.out)
+    began = time.perf_counter()
+    folder, steps = train(name, seed, arguments, places)
+    from vlkit.training.metrics import read_metrics
+
+    last = list(read_metrics(folder / "metrics.jsonl"))[-1]
+    logging.info("%s, seed %d: %.0f s in all", name, seed, time.perf_counter() - began)
+    return Result(name, seed, steps, last["epoch"], last["seconds"], *evaluate(folder, arguments.data))
+
+
+def table(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """One row a method: the mean over seeds, the interval of the first seed, and the distance to the plain run."""
+    rows = []
+    for name in dict.fromkeys(result.method for result in results):
+        own = [result for result in results if result.method == name]
+        plain = {result.seed: result for result in results if result.method == METHODS[name].beside}
+        row: dict[str, Any] = {"method": name, "beside": METHODS[name].beside, "seeds": len(own)}
+        row["seconds"] = statistics.mean(result.seconds for result in own)
+        row["epochs"] = statistics.mean(result.epochs for result in own)
+        for direction in DIRECTIONS:
+            key = direction.split("/")[0]
+            row[key] = statistics.mean(result.recall[direction] for result in own)
+            row[f"{key}_interval"] = own[0].interval[direction]
+            gaps = [r.recall[direction] - plain[r.seed].recall[direction] for r in own if r.seed in plain]
+            row[f"{key}_gap"] = statistics.mean(gaps) if gaps else None
+        rows.append(row)
+    return rows
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    print(f"{'method':<10} {'seconds':>8} {'epochs':>7}   {'image to text R@10':<34} {'text to image R@10':<34}")
+    for row in rows:
+        cells = []
+        for key in ("image_to_text", "text_to_image"):
+            low, high = row[f"{key}_interval"]
+            gap = row[f"{key}_gap"]
+            beside = "" if gap is None or row["method"] == row["beside"] else f" {gap:+.3f} beside {row['beside']}"
+            cells.append(f"{row[key]:.3f} [{low:.3f}, {high:.3f}]{beside}")
+        print(f"{row['method']:<10} {row['seconds']:>8.0f} {row['epochs']:>7.1f}   {cells[0]:<34} {cells[1]:<34}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder of Flickr8k")
+    parser.add_argument("--train", type=Path, required=True, help="its training shards")
+    parser.add_argument("--trained", type=Path, help="a run of flickr8k_small, for teacher and lit")
+    parser.add_argument("--out", type=Path, required=True, help="where the runs go; a fresh folder")
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--try-steps", type=int, default=8)
+    parser.add_argument("--json", action="store_true", help="one object a line: each run, then each row of the table")
+    arguments = parser.parse_args()
+    names = [name for name in arguments.methods.split(",") if arguments.trained or not METHODS[name].needs_trained]
+    results = []
+    for seed in (int(number) for number in arguments.seeds.split(",")):
+        for name in names:
+            results.append(run_one(name, seed, arguments))
+            if arguments.json:
+                print(json.dumps(results[-1]._asdict()), flush=True)
+    rows = table(results)
+    if arguments.json:
+        for row in rows:
+            print(json.dumps(row), flush=True)
+    else:
+        show(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Weights in bf16 and the reference decoder: what they change, and that the cache keeps them apart."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlkit.data.images import iterate_images
+from vlkit.errors import ModelError
+from vlkit.features.cache import FeatureCache
+from vlkit.features.source import open_source
+from vlkit.models.load import load_embedder, pick_precision
+from vlkit.models.open_clip_encoder import build_encoder
+from vlkit.models.saved import save_encoder
+
+ARCHITECTURE = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    save_encoder(build_encoder(ARCHITECTURE), folder)
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(6):
+        blocks = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        image = Image.fromarray(blocks).resize((90, 70), Image.Resampling.BICUBIC)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # stored lying on its side
+        image.save(folder / f"{number}.jpg", quality=95, exif=exif)
+    return sorted(folder.iterdir())
+
+
+def test_bf16_keeps_the_features_and_their_scale(model: str, photos: list[Path]) -> None:
+    full, half = load_embedder(model, "cpu"), load_embedder(model, "cpu", precision="bf16")
+    for a, b in (
+        (full.embed_images(photos), half.embed_images(photos)),
+        (full.embed_texts(["a dog", "two cats on a red sofa"]), half.embed_texts(["a dog", "two cats on a red sofa"])),
+    ):
+        assert b.dtype == torch.float32
+        assert torch.cosine_similarity(a, b).min() > 0.9995
+        assert not torch.equal(a, b)  # the weights are rounded
+    assert half.logit_scale == full.logit_scale  # in bf16 14.2857 would become 14.3125
+    assert half.identity != full.identity
+
+
+def test_auto_takes_bf16_only_for_transformers_on_a_processor_that_has_it(model: str) -> None:
+    embedder = load_embedder(model, "cpu", precision="auto")
+    kinds = {tensor.dtype for tensor in embedder.encoder.weights().values() if tensor.ndim > 1}
+    assert kinds == {torch.bfloat16 if pick_precision("auto", CPU) == "bf16" else torch.float32}
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"'fp8'"):
+        pick_precision("fp8", CPU)  # type: ignore[arg-type]
+
+
+def test_the_reference_decoder_sees_what_open_clip_sees(model: str, photos: list[Path]) -> None:
+    import open_clip
+
+    reference = load_embedder(model, "cpu", decode="reference")
+    theirs, _, transform = open_clip.create_model_and_transforms(model)
+    pixels = torch.stack([transform(Image.open(path)) for path in photos])
+    with torch.inference_mode():
+        expected = theirs.eval().encode_image(pixels, normalize=True)
+    torch.testing.assert_close(reference.embed_images(photos), expected, rtol=0, atol=2e-6)
+    chunks = iterate_images(photos, reference.encoder.preprocess, batch_size=8, reference=True, exif="ignore")
+    mean, std = reference.encoder.mean, reference.encoder.std
+    assert torch.equal((next(chunks).images.float() / 255 - mean) / std, pixels)
+
+
+def test_features_of_another_precision_or_decoder_are_not_taken_from_the_cache(
+    model: str, photos: list[Path], tmp_path: Path
+) -> None:
+    cache = FeatureCache(tmp_path / "cache")
+    plain = open_source(model, "cpu", cache).embed_images(photos)
+    half = open_source(model, "cpu", cache, precision="bf16").embed_images(photos)
+    other = open_source(model, "cpu", cache, decode="reference").embed_images(photos)
+    assert not torch.equal(plain, half) and not torch.equal(plain, other)  # EXIF turns every photograph
+    again = open_source(model, "cpu", cache, decode="reference")
+    assert torch.equal(again.embed_images(photos), other)
+    assert "embedder" not in vars(again)  # found without the model
+    assert again.card.fingerprint.differences(open_source(model, "cpu", cache).card.fingerprint)
