@@ -25,7 +25,7 @@ class ImageTextBatch(NamedTuple):
     A broken sample keeps its row with `valid=False`: shapes, order and resume do not depend on it.
     """
 
-    images: "Tensor"  # (B,3,H,W) uint8
+    images: "Tensor"  # (B,3,H,W) uint8; out of the loader in channels_last memory
     tokens: "Tensor"  # (R,T) int64
     text_to_image: "Tensor"  # (R,) int64: the image row each text describes; arange for one caption an image
     ids: "Tensor"  # (B,) int64: position in the shard index

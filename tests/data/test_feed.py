@@ -147,7 +147,7 @@ def test_the_second_view_has_its_own_random_numbers(shards: ShardSet) -> None:
     plain = make(shards, augment=AUGMENT, shuffle=False)
     for batch, alone in zip(loader.epoch(2), plain.epoch(2), strict=True):
         assert torch.equal(batch.images, alone.images) and alone.extra == {}
-        assert batch.extra["second_view"].is_contiguous()
+        assert batch.extra["second_view"].is_contiguous(memory_format=torch.channels_last)
         for row, number in enumerate(batch.ids.tolist()):
             image = open_image(encoded(picture(number)), where="x")
             draw = generator(0, 2, number, "second view")

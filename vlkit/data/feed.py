@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlkit.data.collate import as_images
 from vlkit.data.sample_reader import Rows, SampleReader
 from vlkit.data.shared_block import Slots
 from vlkit.data.worker_pool import WorkerPool
@@ -55,7 +56,7 @@ class ReadJob:
     def __call__(self, task: ReadTask, memory: Tensor) -> Rows:
         """Everything about the rows but the pixels, which are in `memory` then."""
         num_bytes = math.prod(self.shape)
-        images = memory[task.slot * num_bytes : (task.slot + 1) * num_bytes].view(self.shape)
+        images = as_images(memory[task.slot * num_bytes : (task.slot + 1) * num_bytes], self.shape)
         return self.reader.read(task.epoch, task.ids, images[:, task.first : task.first + len(task.ids)])
 
 
@@ -137,7 +138,7 @@ class Feed(Generic[Finished]):
         with self._changed:
             self._ready.popleft()
         self._wake.send_bytes(b"\0")
-        return ready.finished, images.view(self._shape)
+        return ready.finished, as_images(images, self._shape)
 
     def _images_in(self, slot: int) -> Tensor:
         if self._slots.num_lent < SPARE_SLOTS:

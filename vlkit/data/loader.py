@@ -28,7 +28,7 @@ from torch import Tensor
 from vlkit.contracts import ImageTextBatch
 from vlkit.data.caption_choice import CaptionChoice
 from vlkit.data.captions import FunctionTokenizer, Tokenizer
-from vlkit.data.collate import Collator, with_images
+from vlkit.data.collate import Collator, as_images, with_images
 from vlkit.data.decode import MAX_PIXELS, Exif
 from vlkit.data.epoch_plan import EpochPlan, Plan, Remainder
 from vlkit.data.feed import SPARE_SLOTS, Feed, ReadJob
@@ -255,7 +255,7 @@ class Loader:
         self.close()
 
     def _read_here(self, epoch: int, ids: Ids) -> ImageTextBatch:
-        images = self._own_memory().view(self._job.shape)
+        images = as_images(self._own_memory(), self._job.shape)
         parts = [self._reader.read(epoch, ids, images)]
         self._account(parts)
         return with_images(self._collate(ids, parts), images)

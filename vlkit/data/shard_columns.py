@@ -47,6 +47,7 @@ class Columns:
         self._tar_path = tar_path
         self._remote = read_marker(Path(tar_path)) is not None
         self._tar: io.FileIO | None = None
+        self._map: memoryview | None = None
         self.numbers: dict[str, NDArray[Any]] = {
             name: _only_chunk(table, name).to_numpy(zero_copy_only=True)
             for name in table.column_names
@@ -112,11 +113,20 @@ class Columns:
         """
         names = ("image_offset", "image_size", "caption_offset", "caption_size")
         places = [self.numbers[name].tolist() for name in names]  # once: numpy's single numbers are slow
-        tar = None if self._remote else memoryview(mmap.mmap(self._file().fileno(), 0, access=mmap.ACCESS_READ))
+        tar = None if self._remote else self._mapped()
         for key, image, size, caption, caption_size in zip(self._keys.to_pylist(), *places, strict=True):
             content = memoryview(self.read(image, size)) if tar is None else tar[image : image + size]
-            text = self.read(caption, caption_size) if caption >= 0 else None  # cheaper than a page of the map
+            if caption < 0:
+                text = None
+            else:
+                text = self.read(caption, caption_size) if tar is None else bytes(tar[caption : caption + caption_size])
             yield RawSample(key.decode("utf-8", "backslashreplace"), content, text)
+
+    def _mapped(self) -> memoryview:
+        # Kept: a new map would fault on every page again, which takes as long as copying the images.
+        if self._map is None:
+            self._map = memoryview(mmap.mmap(self._file().fileno(), 0, access=mmap.ACCESS_READ))
+        return self._map
 
     def _file(self) -> io.FileIO:
         if self._tar is None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,10 +76,10 @@ class TextTokenizer:
         """Ragged ids -> (R,T) int64; rows longer than the context are cut and keep their end token."""
         rows = [cut(row, self.context_length) for row in rows]
         width = self.context_length if self.full_context else max(map(len, rows), default=1)
-        out = torch.full((len(rows), width), self.vocabulary.pad_id, dtype=torch.int64)
+        out = np.full((len(rows), width), self.vocabulary.pad_id, dtype=np.int64)  # torch is slow row by row
         for number, row in enumerate(rows):
-            out[number, : len(row)] = torch.as_tensor(row)
-        return out
+            out[number, : len(row)] = row
+        return torch.from_numpy(out)
 
     @property
     def vocabulary(self) -> Vocabulary:
