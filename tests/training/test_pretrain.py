@@ -324,7 +324,8 @@ def test_broken_samples_are_reported(tmp_path: Path) -> None:
     said: list[str] = []
     overrides = ("data.max_bad_fraction=0.2", "run.steps=5", "data.global_batch_size=8")
     pretrain(settings(shards, tmp_path / "out", *overrides), say=said.append)
-    assert said[0] == "1 of 40 samples could not be read and were left out:" and "00000" in said[1]
+    assert said[0].startswith("1 sample could not be read and left out (1 x not an image): ")
+    assert '"shard": "00000.tar"' in (tmp_path / "out" / "quarantine.jsonl").read_text()
     with pytest.raises(DataError, match="max_bad_fraction"):
         pretrain(settings(shards, tmp_path / "other", "data.max_bad_fraction=0", "run.steps=5"))
 

@@ -77,7 +77,7 @@ def test_a_mixture_from_a_run_file_to_its_counts(make_run: Callable[..., RunConf
     assert last["cut_texts"] > 0 and found[0]["texts"] == 24
     (broken,) = lines(out / "quarantine.jsonl")  # once, though the image came in both parts of the run
     assert broken["key"] == "00000/000003" and broken["cause"] == "not an image" and broken["message"]
-    assert any("1 samples could not be read and were left out (1 x not an image)" in line for line in said)
+    assert any("1 sample could not be read and left out (1 x not an image)" in line for line in said)
     assert any("24 samples given, 24.0 expected" in line for line in said)
 
 

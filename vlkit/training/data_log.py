@@ -95,7 +95,7 @@ class DataLog:
             return
         if last["broken"]:
             causes = ", ".join(f"{count} x {cause}" for cause, count in last["causes"].items())
-            say(f"{last['broken']} samples could not be read and were left out ({causes}): {self._quarantine.path}.")
+            say(f"{_samples(last['broken'])} could not be read and left out ({causes}): {self._quarantine.path}.")
             worst = sorted(last["shards"].items(), key=lambda item: -sum(item[1].values()))
             for shard, found in worst[:_MOST_GROUPS_SAID]:
                 say(f"  {shard}: " + ", ".join(f"{count} x {cause}" for cause, count in found.items()))
@@ -112,3 +112,7 @@ class DataLog:
             {**group._asdict(), "expected": group.share * total, "realised": count}
             for group, count in zip(self._planned.groups, counts, strict=True)
         ]
+
+
+def _samples(count: int) -> str:
+    return "1 sample" if count == 1 else f"{count} samples"
