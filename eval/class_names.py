@@ -59,12 +59,20 @@ def name_classes(
     if exclude:
         how += f"; without {', '.join(sorted(exclude))}"
     position = {folders.index(folder): place for place, folder in enumerate(kept)}
-    relabelled = tuple(
-        record if record.label is None else replace(record, label=position[record.label])
-        for record in records
-        if record.label is None or record.label in position
-    )
+    relabelled = tuple(_relabelled(record, position) for record in records if _is_kept(record, position))
     return NamedClasses(names, relabelled, how, len(records) - len(relabelled), unused)
+
+
+def _is_kept(record: Record, position: Mapping[int, int]) -> bool:
+    return record.label is None or record.label in position
+
+
+def _relabelled(record: Record, position: Mapping[int, int]) -> Record:
+    """Labels of excluded classes go; an image with several classes stays, even without any of them."""
+    labels = None
+    if record.labels is not None:
+        labels = tuple(position[label] for label in record.labels if label in position)
+    return replace(record, label=None if record.label is None else position[record.label], labels=labels)
 
 
 def _read(file: Path) -> Mapping[str, str] | Sequence[str]:

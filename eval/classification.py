@@ -8,7 +8,7 @@ evaluation.metrics["accuracy@1"]
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import torch
@@ -24,14 +24,15 @@ from eval.metrics import (
     label_ranks,
     mean_per_class_recall,
 )
+from eval.with_addons import addons_record, as_source, passes_for, prepared, read_images, score_images
 from vlkit.addons.class_weights.templates import DEFAULT_TEMPLATES, load_templates, templates_hash
 from vlkit.addons.classifier import ZeroShotClassifier, check_classes, parse_class
+from vlkit.addons.passes import Passes
+from vlkit.addons.pipeline import PLAIN, Pipeline
+from vlkit.addons.reference import Reference
 from vlkit.contracts import Evaluation, Evaluator, Progress
 from vlkit.data.records import Record
 from vlkit.errors import DataError
-
-if TYPE_CHECKING:
-    pass
 
 # Rows scored together: 1024 x 20,000 classes are 80 MB.
 CHUNK = 1024
@@ -44,6 +45,22 @@ class Scored(NamedTuple):
     predicted: Tensor  # (N,) int64
     probability: Tensor  # (N,) of the predicted class
     rule: str
+
+
+class Classes(NamedTuple):
+    """The classes as shown, and what the result says of add-ons."""
+
+    names: tuple[str, ...]
+    addons: dict[str, object]
+
+
+class Outcome(NamedTuple):
+    """Everything that is counted from."""
+
+    images: EmbeddedRecords
+    labels: Tensor  # (N,)
+    scored: Scored
+    classes: Classes
 
 
 class ClassifiedExample(NamedTuple):
@@ -72,6 +89,9 @@ class ClassificationEvaluator(Evaluator):
         seed: of the bootstrap.
         num_examples: images to keep for a report: the most certain right ones and the most certain wrong ones.
         progress: called with (done, total) over prompts and images together.
+        distinct: refuse a name that stands for two classes. Where it may, the two tie.
+        reference: what add-ons that are not fitted yet may be fitted on.
+        passes: image passes to share with other evaluations of the same model.
     """
 
     records: Sequence[Record]
@@ -84,6 +104,9 @@ class ClassificationEvaluator(Evaluator):
     seed: int = 0
     num_examples: int = 0
     progress: Progress | None = None
+    distinct: bool = True
+    reference: Reference | None = None
+    passes: Passes | None = None
 
     def __post_init__(self) -> None:
         """Check.
@@ -104,14 +127,16 @@ class ClassificationEvaluator(Evaluator):
                 f"{highest.key} has label {highest.label}, but there are {len(self.class_names)} class names; "
                 "expected one for each label."
             )
-        check_classes([parse_class(name) for name in self.class_names])
+        parsed = [parse_class(name) for name in self.class_names]
+        if self.distinct:
+            check_classes(parsed)
 
-    def run(self, source: ClassifyingSource, pipeline: None = None) -> Evaluation:
+    def run(self, source: ClassifyingSource, pipeline: Pipeline = PLAIN) -> Evaluation:
         """Embed the class names, embed the images, count.
 
         Args:
             source: the model.
-            pipeline: there are no add-ons for this evaluator yet.
+            pipeline: add-ons; those that are not fitted yet are fitted on `reference`.
 
         Returns:
             Metrics `accuracy@K` and `mean_per_class_recall` (over classes that have an image); one row an image
@@ -124,19 +149,15 @@ class ClassificationEvaluator(Evaluator):
         """
         labelled = [record for record in self.records if record.label is not None]
         templates = load_templates(self.templates) if isinstance(self.templates, str) else tuple(self.templates)
-        num_prompts = len(templates) * sum(len(parse_class(name).names) for name in self.class_names)
-        of_prompts, of_images = parts_of(self.progress, num_prompts, len(labelled))
-        classifier = ZeroShotClassifier.build(source, self.class_names, templates, progress=of_prompts)
-        images = embed_records(source, labelled, self.batch_size, self.workers, of_images)
-        labels = torch.tensor([record.label for record in images.records])
-        scored = _score(classifier, images.features, labels)
+        measure = self._adapted if pipeline.addons or self.passes is not None else self._plain
+        images, labels, scored, classes = measure(source, labelled, templates, pipeline)
         hits = torch.stack([hit_probability(scored.ranks, k) for k in self.ks], dim=1)
-        metrics, intervals = _metrics(hits, labels, self.ks, len(classifier.class_names), self.seed)
-        names, num_present = classifier.class_names, len(labels.unique())
+        names, num_present = classes.names, len(labels.unique())
+        metrics, intervals = _metrics(hits, labels, self.ks, len(names), self.seed)
         return Evaluation(
             metrics=metrics,
             intervals=intervals,
-            protocol=self._protocol(classifier, scored.rule),
+            protocol=self._protocol(templates, scored.rule) | classes.addons,
             counts={
                 "images": len(images.records),
                 "classes": len(names),
@@ -153,14 +174,40 @@ class ClassificationEvaluator(Evaluator):
             },
         )
 
-    def _protocol(self, classifier: ZeroShotClassifier, rule: str) -> dict[str, object]:
+    def _plain(
+        self, source: ClassifyingSource, records: Sequence[Record], templates: Sequence[str], pipeline: Pipeline
+    ) -> Outcome:
+        num_prompts = len(templates) * sum(len(parse_class(name).names) for name in self.class_names)
+        of_prompts, of_images = parts_of(self.progress, num_prompts, len(records))
+        classifier = ZeroShotClassifier.build(
+            source, self.class_names, templates, progress=of_prompts, distinct=self.distinct
+        )
+        images = embed_records(source, records, self.batch_size, self.workers, of_images)
+        labels = torch.tensor([record.label for record in images.records])
+        return Outcome(images, labels, _score(classifier, images.features, labels), Classes(classifier.class_names, {}))
+
+    def _adapted(
+        self, source: ClassifyingSource, records: Sequence[Record], templates: Sequence[str], pipeline: Pipeline
+    ) -> Outcome:
+        """Through the add-ons: what they need is fitted, and told in the result."""
+        model = as_source(source)
+        classes = [parse_class(name) for name in self.class_names]
+        passes = passes_for(self.passes, pipeline, model, self.batch_size, self.workers)
+        read = read_images(passes, records, pipeline)
+        fitted = prepared(pipeline, "classification", read, passes, self.reference, classes, templates)
+        labels = torch.tensor([record.label for record in read.embedded.records])
+        scored = score_images(fitted, read.vectors, labels, classes, model, templates, self.progress)
+        names = tuple(item.shown for item in classes)
+        return Outcome(read.embedded, labels, Scored(*scored), Classes(names, addons_record(fitted)))
+
+    def _protocol(self, templates: Sequence[str], rule: str) -> dict[str, object]:
         return {
             "images": IMAGES,
             "class_names": self.naming,
             "class_names_hash": hashlib.sha256("\n".join(self.class_names).encode()).hexdigest()[:12],
             "templates": self.templates if isinstance(self.templates, str) else f"{len(self.templates)} given",
-            "num_templates": len(classifier.templates),
-            "templates_hash": templates_hash(classifier.templates),
+            "num_templates": len(templates),
+            "templates_hash": templates_hash(templates),
             "probability": rule,
             "ties": "within 1e-6 x max(1, |score|); the expectation over their random order",
             "mean_per_class_recall": "over classes that have an image",

@@ -1,12 +1,14 @@
-"""Reports: one self-contained HTML page made of sections; it loads nothing and runs no script.
+"""Reports: one self-contained HTML page made of sections; it loads nothing, and no text out of data runs in it.
 
     write_report("report.html", "What was measured", [Table(...), Matrix(...), Gallery(...), Picture(...)])
 
 Every text is escaped by jinja2, and the page's own policy forbids scripts, so hostile captions and file names
-are shown as text.
+are shown as text. The one exception is the script that sorts tables: the policy names it by its hash, and it stands
+only on pages with a table that sorts.
 """
 
 import base64
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,28 @@ from torch import Tensor
 from vlkit.data.atomic import atomic_file
 from vlkit.errors import DataError
 from vlkit.escape import one_line
+
+# Sorts a table by the column that was clicked: numbers by value, the rest by letter; a second click turns it round.
+_SORT = """
+for (const head of document.querySelectorAll('table.sortable th')) {
+  head.tabIndex = 0;
+  const sort = () => {
+    const body = head.closest('table').tBodies[0], column = head.cellIndex;
+    const down = head.getAttribute('aria-sort') === 'descending';
+    const text = row => row.cells[column].textContent.trim();
+    const number = row => parseFloat(text(row));
+    const rows = [...body.rows];
+    const numeric = rows.every(row => text(row) === '' || !isNaN(number(row)));
+    rows.sort((a, b) => numeric ? (number(a) || 0) - (number(b) || 0) : text(a).localeCompare(text(b)));
+    if (!down) rows.reverse();
+    for (const other of head.parentNode.cells) other.removeAttribute('aria-sort');
+    head.setAttribute('aria-sort', down ? 'ascending' : 'descending');
+    body.append(...rows);
+  };
+  head.addEventListener('click', sort);
+  head.addEventListener('keydown', event => { if (event.key === 'Enter') sort(); });
+}
+"""
 
 # A matrix with more classes is cut to those with the most mistakes: cells below 6 pixels say nothing.
 MAX_CLASSES = 120
@@ -30,6 +54,7 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
     note: str = ""
+    sortable: bool = False  # a click on a column's head sorts by it
     kind: str = field(default="table", init=False)
 
 
@@ -75,6 +100,43 @@ class Gallery:
     queries: Sequence[Query]
     note: str = ""
     kind: str = field(default="gallery", init=False)
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """One image under a grid of values, for instance the scores of its patches."""
+
+    image: str  # data URL
+    values: Sequence[Sequence[float]]  # rows and columns of the grid, each value within 0 and 1
+    text: str = ""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.values and len({len(row) for row in self.values}) == 1, "a grid has rows of one length"
+
+    @property
+    def cells(self) -> list[tuple[int, int, float]]:
+        """Row, column and value of the cells to draw."""
+        return [(r, c, value) for r, row in enumerate(self.values) for c, value in enumerate(row) if value > 0]
+
+
+@dataclass(frozen=True)
+class HeatMaps:
+    """Images with what a method saw in them."""
+
+    title: str
+    maps: Sequence[HeatMap]
+    note: str = ""
+    kind: str = field(default="heat_maps", init=False)
+
+
+@dataclass(frozen=True)
+class Heading:
+    """Begins a new part of the page."""
+
+    title: str
+    note: str = ""
+    kind: str = field(default="heading", init=False)
 
 
 @dataclass(frozen=True)
@@ -137,7 +199,7 @@ class Matrix:
         ]
 
 
-Section = Table | Picture | Gallery | Matrix
+Section = Table | Picture | Gallery | Matrix | HeatMaps | Heading
 
 
 def write_report(path: str | Path, title: str, sections: Iterable[Section], subtitle: str = "") -> None:
@@ -160,7 +222,11 @@ def write_report(path: str | Path, title: str, sections: Iterable[Section], subt
         lstrip_blocks=True,
     )
     template = environment.get_template("report.html.j2")
-    page = template.render(title=one_line(title), subtitle=one_line(subtitle), sections=list(sections))
+    shown = list(sections)
+    script = _SORT if any(isinstance(section, Table) and section.sortable for section in shown) else ""
+    page = template.render(
+        title=one_line(title), subtitle=one_line(subtitle), sections=shown, script=script, script_hash=_hash(script)
+    )
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -168,3 +234,8 @@ def write_report(path: str | Path, title: str, sections: Iterable[Section], subt
             file.write(page.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise DataError(f"Cannot write the report {path}: {error.strerror or error}.") from error
+
+
+def _hash(script: str) -> str:
+    """As a Content-Security-Policy names a script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")

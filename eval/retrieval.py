@@ -16,9 +16,14 @@ import torch
 from torch import Tensor
 
 from eval.examples import RetrievalExample, choose_examples
-from eval.features import IMAGES, EmbeddingSource, check_finite, embed_records, parts_of
+from eval.features import IMAGES, EmbeddedRecords, EmbeddingSource, check_finite, embed_records, parts_of
 from eval.metrics import RetrievalRanks, bootstrap_interval, expected_rank, hit_probability, retrieval_ranks
+from eval.with_addons import addons_record, as_source, passes_for, prepared, ranks_of, read_images
 from vlkit.addons.class_weights.templates import templates_hash
+from vlkit.addons.exchange import Vectors
+from vlkit.addons.passes import Passes
+from vlkit.addons.pipeline import PLAIN, Pipeline
+from vlkit.addons.reference import Reference
 from vlkit.contracts import Evaluation, Evaluator, Progress
 from vlkit.data.records import Record, text_to_image
 from vlkit.errors import DataError
@@ -32,6 +37,17 @@ class Measured(NamedTuple):
     ranks: RetrievalRanks
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
+
+
+class Outcome(NamedTuple):
+    """Everything that is counted from."""
+
+    images: EmbeddedRecords
+    captions: list[str]  # (M,)
+    text: Tensor  # (M,D)
+    owners: Tensor  # (M,)
+    ranks: RetrievalRanks
+    addons: dict[str, object]  # what the result says of add-ons
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,9 @@ class RetrievalEvaluator(Evaluator):
         seed: of the bootstrap.
         num_examples: queries of each direction to keep for a report, half of them answered right.
         progress: called with (done, total) over images and texts together.
+        reference: what add-ons that are not fitted yet may be fitted on.
+        passes: image passes to share with other evaluations of the same model.
+        text_prefix: words put before every caption, as `A photo depicts ` in CLIPScore and DN.
     """
 
     records: Sequence[Record]
@@ -57,6 +76,9 @@ class RetrievalEvaluator(Evaluator):
     seed: int = 0
     num_examples: int = 0
     progress: Progress | None = None
+    reference: Reference | None = None
+    passes: Passes | None = None
+    text_prefix: str = ""
 
     def __post_init__(self) -> None:
         """Check.
@@ -67,12 +89,12 @@ class RetrievalEvaluator(Evaluator):
         if not any(record.captions for record in self.records):
             raise DataError(f"None of the {len(self.records)} images has a caption; retrieval needs captions.")
 
-    def run(self, source: EmbeddingSource, pipeline: None = None) -> Evaluation:
+    def run(self, source: EmbeddingSource, pipeline: Pipeline = PLAIN) -> Evaluation:
         """Embed, rank, count.
 
         Args:
             source: the model.
-            pipeline: there are no add-ons for this evaluator yet.
+            pipeline: add-ons; those that are not fitted yet are fitted on `reference`.
 
         Returns:
             Metrics `image_to_text/recall@K`, `text_to_image/recall@K`, `mean_recall@K` (mean of the two) and
@@ -84,21 +106,17 @@ class RetrievalEvaluator(Evaluator):
         """
         captioned = [record for record in self.records if record.captions]
         num_captions = sum(len(record.captions) for record in captioned)
-        of_images, of_texts = parts_of(self.progress, len(captioned), num_captions)
-        images = embed_records(source, captioned, self.batch_size, self.workers, of_images)
-        captions = [caption for record in images.records for caption in record.captions]
-        owners = torch.tensor(text_to_image(images.records))
-        text = source.embed_texts(captions, progress=of_texts)
-        check_finite(text, captions, "texts")
-        measured = measure_retrieval(images.features, text, owners, self.ks, self.seed)
+        look_up = self._adapted if pipeline.addons or self.passes is not None else self._plain
+        images, captions, text, owners, ranks, addons = look_up(source, captioned, num_captions, pipeline)
+        metrics, intervals = metrics_of(ranks, owners, self.ks, self.seed)
         examples: Sequence[RetrievalExample] = ()
-        if self.num_examples:
-            ranks = measured.ranks
+        # Examples show what plain features find; with add-ons they would show something else than what was measured.
+        if self.num_examples and not pipeline.addons:
             examples = choose_examples(images.records, images.features, text, owners, ranks, self.num_examples)
         return Evaluation(
-            metrics=measured.metrics,
-            intervals=measured.intervals,
-            protocol=self._protocol(),
+            metrics=metrics,
+            intervals=intervals,
+            protocol={**self._protocol(), **addons},
             counts={
                 "images": len(images.records),
                 "texts": len(captions),
@@ -107,9 +125,29 @@ class RetrievalEvaluator(Evaluator):
                 "images_without_captions": len(self.records) - len(captioned),
                 "texts_that_several_images_share": _num_shared(captions, owners.tolist()),
             },
-            per_item=_per_item(images.records, captions, measured.ranks, self.ks),
+            per_item=_per_item(images.records, captions, ranks, self.ks),
             figures={"examples": tuple(examples), "unreadable_images": images.unreadable},
         )
+
+    def _plain(
+        self, source: EmbeddingSource, records: Sequence[Record], num_captions: int, pipeline: Pipeline
+    ) -> Outcome:
+        of_images, of_texts = parts_of(self.progress, len(records), num_captions)
+        images = embed_records(source, records, self.batch_size, self.workers, of_images)
+        captions, text, owners = _texts(source, images.records, self.text_prefix, of_texts)
+        return Outcome(images, captions, text, owners, retrieval_ranks(images.features, text, owners), {})
+
+    def _adapted(
+        self, source: EmbeddingSource, records: Sequence[Record], num_captions: int, pipeline: Pipeline
+    ) -> Outcome:
+        """Through the add-ons: what they need is fitted, and told in the result."""
+        model = as_source(source)
+        passes = passes_for(self.passes, pipeline, model, self.batch_size, self.workers)
+        read = read_images(passes, records, pipeline)
+        fitted = prepared(pipeline, "retrieval", read, passes, self.reference, (), CAPTION_TEMPLATES)
+        captions, text, owners = _texts(fitted.source(model), read.embedded.records, self.text_prefix, self.progress)
+        ranks = ranks_of(fitted.retrieval(read.vectors, Vectors("text", text), model), owners)
+        return Outcome(read.embedded, captions, text, owners, ranks, addons_record(fitted))
 
     def _protocol(self) -> Mapping[str, object]:
         return {
@@ -120,10 +158,20 @@ class RetrievalEvaluator(Evaluator):
             "similarity": "cosine",
             "ties": "within 1e-6 x max(1, |score|); the expectation over their random order",
             "ks": list(self.ks),
-            "templates": "caption as it is",
-            "templates_hash": templates_hash(CAPTION_TEMPLATES),
+            "templates": f"{self.text_prefix}{{}}" if self.text_prefix else "caption as it is",
+            "templates_hash": templates_hash([self.text_prefix + template for template in CAPTION_TEMPLATES]),
             "interval": f"95%, percentile bootstrap, 1000 resamples of images, seed {self.seed}",
         }
+
+
+def _texts(
+    source: EmbeddingSource, records: Sequence[Record], prefix: str, progress: Progress | None
+) -> tuple[list[str], Tensor, Tensor]:
+    """All captions, their features (M,D), and the image row of each (M,)."""
+    captions = [caption for record in records for caption in record.captions]
+    text = source.embed_texts([prefix + caption for caption in captions], progress=progress)
+    check_finite(text, captions, "texts")
+    return captions, text, torch.tensor(text_to_image(records))
 
 
 def measure_retrieval(image: Tensor, text: Tensor, owners: Tensor, ks: Sequence[int], seed: int = 0) -> Measured:
@@ -137,9 +185,17 @@ def measure_retrieval(image: Tensor, text: Tensor, owners: Tensor, ks: Sequence[
         seed: of the bootstrap. What is resampled is images with all their captions.
     """
     ranks = retrieval_ranks(image, text, owners)
+    return Measured(ranks, *metrics_of(ranks, owners, ks, seed))
+
+
+def metrics_of(
+    ranks: RetrievalRanks, owners: Tensor, ks: Sequence[int], seed: int = 0
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Metrics and their 95% intervals out of the ranks of both directions."""
     metrics: dict[str, float] = {}
     intervals: dict[str, tuple[float, float]] = {}
-    for direction, units in (("image_to_text", torch.arange(len(image))), ("text_to_image", owners)):
+    num_images = len(ranks.image_to_text.better)
+    for direction, units in (("image_to_text", torch.arange(num_images)), ("text_to_image", owners)):
         of_queries = getattr(ranks, direction)
         hits = torch.stack([hit_probability(of_queries, k) for k in ks], dim=1)
         low, high = bootstrap_interval(hits, units=units, seed=seed)
@@ -150,7 +206,7 @@ def measure_retrieval(image: Tensor, text: Tensor, owners: Tensor, ks: Sequence[
         metrics[f"{direction}/median_rank"] = float(np.median(expected_rank(getattr(ranks, direction)).numpy()))
     for k in ks:
         metrics[f"mean_recall@{k}"] = (metrics[f"image_to_text/recall@{k}"] + metrics[f"text_to_image/recall@{k}"]) / 2
-    return Measured(ranks, metrics, intervals)
+    return metrics, intervals
 
 
 def _num_shared(captions: Sequence[str], owners: Sequence[int]) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eval.metrics.ranking import Ranks, hit_probability, tie_bounds
@@ -22,6 +23,8 @@ TileScore = Callable[[Tensor, Tensor], Tensor]
 # it; tiles of 2048 x 2048 made the counts 25 times slower.
 TILE = 1024
 OWN_CHUNK = 256
+# Words of eight bytes, each 0 or 1, that may be added before a byte overflows: at most 255.
+_WORDS = 128
 
 
 class RetrievalRanks(NamedTuple):
@@ -84,7 +87,7 @@ def retrieval_ranks(
     _check(image, text, text_to_image, tile)
     text_to_image = text_to_image.to(image.device, torch.int64)
     if score is None:
-        image, text = _in_working_precision(image, text)
+        image, text = in_working_precision(image, text)
         score = _inner_product
     own = _own_scores(image, text, text_to_image, score)
     best, num_tied_own = _best_own(own, text_to_image, len(image))
@@ -121,12 +124,29 @@ def _count_wrong(
             hit = ((own_image >= left) & (own_image < left + scores.shape[1])).nonzero().squeeze(1)
             scores[hit, own_image[hit] - left] = -torch.inf  # right answers never compete
             low, high = text_bounds[0][rows, None], text_bounds[1][rows, None]
-            of_text[0, rows] += (scores > high).sum(1, dtype=torch.int32)
-            of_text[1, rows] += (scores >= low).sum(1, dtype=torch.int32)
+            of_text[0, rows] += _count(scores > high, 1)
+            of_text[1, rows] += _count(scores >= low, 1)
             low, high = image_bounds[0][columns], image_bounds[1][columns]
-            of_image[0, columns] += (scores > high).sum(0, dtype=torch.int32)
-            of_image[1, columns] += (scores >= low).sum(0, dtype=torch.int32)
+            of_image[0, columns] += _count(scores > high, 0)
+            of_image[1, columns] += _count(scores >= low, 0)
     return (of_text[0], of_text[1]), (of_image[0], of_image[1])
+
+
+def _count(mask: Tensor, dim: int) -> Tensor:
+    """How many are set in a mask (t,n) along a dimension: `mask.sum(dim)`, six times faster on a CPU.
+
+    Eight of its bytes are added at once as one int64; no byte overflows, because at most 128 words are added before
+    they are taken apart again.
+    """
+    if mask.device.type != "cpu":
+        return mask.sum(dim)
+    short = -mask.shape[1] % 8
+    words = (F.pad(mask, (0, short)) if short else mask.contiguous()).view(torch.int64)
+    if dim == 0:
+        parts = [part.sum(0) for part in words.split(_WORDS)]
+        return torch.stack(parts).view(torch.uint8).sum(0)[: mask.shape[1]]
+    parts = [part.sum(1) for part in words.split(_WORDS, dim=1)]
+    return torch.stack(parts, dim=1).view(torch.uint8).sum(1)
 
 
 def _own_scores(image: Tensor, text: Tensor, text_to_image: Tensor, score: TileScore) -> Tensor:
@@ -155,7 +175,7 @@ def _best_own(own: Tensor, text_to_image: Tensor, num_images: int) -> tuple[Tens
     return best, torch.zeros_like(text_to_image[:1]).expand(num_images).clone().scatter_add_(0, text_to_image, tied)
 
 
-def _in_working_precision(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+def in_working_precision(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """float32 for unit vectors, whose products err by 1e-7; float64 for longer ones, which err by more than a tie."""
     image, text = image.float(), text.float()
     longest = torch.stack([image.norm(dim=1).max(), text.norm(dim=1).max()]).max()

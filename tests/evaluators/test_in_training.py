@@ -13,7 +13,7 @@ from eval.in_training import make_every
 from eval.retrieval import RetrievalEvaluator
 from vlkit.config import RunConfig, load_run
 from vlkit.data.sources import read_source
-from vlkit.errors import DataError
+from vlkit.errors import ConfigError, DataError
 from vlkit.models.dual_encoder import DualEncoder
 from vlkit.models.embedder import Embedder
 from vlkit.models.open_clip_encoder import build_encoder
@@ -105,3 +105,24 @@ def test_unreadable_images_are_said_once(data: Path, encoder: DualEncoder, caplo
 def test_missing_data_is_found_before_training(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         make_every(run_with({"name": "retrieval", "data": str(tmp_path / "none")}))
+
+
+def test_a_protocol_gives_the_numbers_it_gives_outside(encoder: DualEncoder, tmp_path: Path) -> None:
+    from eval.protocol_data import prepare
+    from eval.protocols import PROTOCOLS
+
+    names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    for number, name in enumerate(names * 2):
+        path = tmp_path / "cifar10" / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        blocks = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(blocks).resize((20, 24)).save(path)
+    section = {"protocol": "cifar10-18", "data": str(tmp_path / "cifar10"), "every": "1 steps"}
+    (every,) = make_every(run_with(section))
+    expected = prepare(PROTOCOLS["cifar10-18"], tmp_path / "cifar10").run(Embedder(encoder=encoder, name="x")).metrics
+    assert every.action(moment(encoder)) == pytest.approx(dict(expected), abs=1e-6)
+    for wrong in ({"data": "x"}, {**section, "name": "retrieval"}, {**section, "split": "test"}):
+        with pytest.raises(ConfigError):
+            run_with(wrong)
+    with pytest.raises(ConfigError, match="Unknown protocol 'cifar10'"):
+        make_every(run_with({**section, "protocol": "cifar10"}))

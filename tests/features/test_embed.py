@@ -2,15 +2,12 @@
 
 import json
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -24,7 +21,6 @@ from vlkit.features.store import open_features
 from vlkit.features.stored_source import StoredSource
 from vlkit.models.embedder import Embedder
 from vlkit.models.open_clip_encoder import OpenClipEncoder, build_encoder
-from vlkit.models.saved import save_encoder
 
 SMALL: dict[str, Any] = {
     "embed_dim": 16,
@@ -373,60 +369,3 @@ def test_a_stored_set_answers_like_the_model(model: CachedEmbedder, encoder: Cou
         stored.embed_images([source.records[0]])
     with pytest.raises(GalleryError, match="do not go together: weights"):
         StoredSource(open_features(tmp_path / "out"), other_model())
-
-
-def test_ray_makes_the_same_parts(encoder: Counting, model: CachedEmbedder, tmp_path: Path) -> None:
-    """Without Ray here: the job as a worker gets it, which loads the model by its name."""
-    from vlkit.features.embed_part import run_job
-    from vlkit.features.source import open_source
-
-    name = f"local-dir:{save_encoder(encoder, tmp_path / 'model')}"
-    source = source_in(tmp_path / "photos", range(4))
-    embed_source(source, open_source(name, "cpu"), tmp_path / "out")
-    expected = content(tmp_path / "out")
-    job = _job_of(source, name, tmp_path / "out")
-    for path in (tmp_path / "out").glob("*/*"):
-        path.unlink()
-    run_job(job)
-    assert content(tmp_path / "out") == expected
-
-
-def _job_of(source: Source, name: str, out: Path) -> Any:
-    from vlkit.features.embed_part import Job
-    from vlkit.features.stamps import Stamper
-
-    about = open_features(out).about
-    stamps = tuple(Stamper().stamp(record.image) for record in source.records)
-    return Job(out, 0, source.records, stamps, about.fingerprint, name, None, "fp32", None, True, 64, 0)
-
-
-def num_parts(out: Path) -> int:
-    return len(list((out / "metadata").glob("*.parquet")))
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_it_ends_equal(encoder: Counting, tmp_path: Path) -> None:
-    name = f"local-dir:{save_encoder(encoder, tmp_path / 'model')}"
-    source_in(tmp_path / "photos", range(400))
-    command = [
-        sys.executable, "-c", "from vlkit.cli import main; main()", "embed", str(tmp_path / "photos"), "--model", name,
-        "--part-size", "8", "--batch-size", "4", "--workers", "0", "--no-cache", "--out",
-    ]  # fmt: skip
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
-    random = np.random.default_rng(0)
-    kills = 0
-    for _ in range(8):
-        process = subprocess.Popen([*command, str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        have = num_parts(tmp_path / "out")
-        while num_parts(tmp_path / "out") == have and process.poll() is None:
-            time.sleep(0.01)  # it has come to the first missing part
-        time.sleep(float(random.uniform(0, 0.5)))
-        if process.poll() is None:
-            process.kill()
-            kills += 1
-        process.communicate()
-    assert kills >= 2
-    subprocess.run([*command, str(tmp_path / "out")], check=True, capture_output=True)
-    written = {path: data for path, data in content(tmp_path / "out").items() if not path.endswith(".tmp")}
-    assert written == content(tmp_path / "whole")
-    assert pq.read_table(tmp_path / "out" / "metadata" / "metadata_00000.parquet").num_rows == 8

@@ -4,7 +4,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from vlkit.addons.adapted import AdaptedClassifier
 from vlkit.addons.classifier import ZeroShotClassifier
+from vlkit.addons.passes import Passes
+from vlkit.addons.pipeline import Pipeline
 from vlkit.contracts import Progress
 from vlkit.data.records import ImageRef, Problems, Record, Source
 from vlkit.data.sources import read_source
@@ -104,6 +107,47 @@ def classify_images(
         done += len(results)
         if progress is not None:
             progress(done, len(records))
+
+
+def classify_with_addons(
+    source: FeatureSource,
+    pipeline: Pipeline,
+    classifier: AdaptedClassifier,
+    records: Sequence[Record],
+    *,
+    top: int = 5,
+    min_probability: float = 0.0,
+    batch_size: int = 64,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Classified | Unreadable]:
+    """As `classify_images`, through add-ons; a streaming one remembers the images before.
+
+    Args:
+        source: the model, without edits.
+        pipeline: fitted.
+        classifier: that `pipeline.classifier` made.
+        records, top, min_probability, batch_size, workers, progress: as there.
+    """
+    for start in range(0, len(records), batch_size):
+        chunk = records[start : start + batch_size]
+        # New for each chunk: they keep what they read.
+        passes = Passes(source, local=pipeline.local, batch_size=batch_size, workers=workers)
+        read = passes.read(chunk, pipeline.edits, pipeline.views)
+        results: dict[int, Classified | Unreadable] = {
+            row: Unreadable(chunk[row], reason) for row, reason in read.failures
+        }
+        if read.kept:
+            logits, classifier = classifier.step(read.vectors)
+            best = classifier.best(logits, top)
+            for row, indices, probabilities in zip(
+                read.kept, best.indices.tolist(), best.probabilities.tolist(), strict=True
+            ):
+                named = tuple((classifier.class_names[i], p) for i, p in zip(indices, probabilities, strict=True))
+                results[row] = Classified(chunk[row], named, probabilities[0] < min_probability)
+        yield from (results[row] for row in sorted(results))
+        if progress is not None:
+            progress(start + len(chunk), len(records))
 
 
 def _container_format(path: Path) -> str:

@@ -29,7 +29,8 @@ app = typer.Typer(
 # The modules of this folder that hold commands, in the order of `vlkit --help`. A module with `app` is a group
 # under the name GROUP, else its function of the same name is the command.
 COMMANDS = (
-    "demo", "train", "classify", "embed", "index", "retrieve", "evaluate", "shards", "models", "info", "cache",
+    "demo", "train", "classify", "embed", "index", "retrieve", "evaluate", "adapt", "methods", "interpret", "shards",
+    "models", "export", "protocols", "info", "cache",
 )  # fmt: skip
 
 # What the operating system refuses is the user's to put right, and the file says where; no traceback helps.

@@ -4,16 +4,19 @@ import csv
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlkit.cli.console import Json, print_json, print_table, progress_bar, say
+from vlkit.cli.addon_options import AddOns, fitted_on_names, pipeline_of
+from vlkit.cli.console import Json, Precision, print_json, print_table, progress_bar, say
 from vlkit.errors import ConfigError, DataError
 from vlkit.escape import csv_cell
 
 if TYPE_CHECKING:
+    from vlkit.addons.adapted import AdaptedClassifier
     from vlkit.classify import Classified, Sorter, Unreadable
 
 MAX_UNREADABLE_SHOWN = 20
@@ -30,6 +33,7 @@ def classify(
     templates: Annotated[
         str, typer.Option(help="none, photo, simple, imagenet80, a file, or a text with {}.")
     ] = "simple",
+    addon: AddOns = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to give for each image.")] = 5,
     min_probability: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Below it an image counts as unsure.")
@@ -41,6 +45,10 @@ def classify(
     device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a device's name.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded together.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Decoders beside this process.")] = min(os.cpu_count() or 1, 8),
+    precision: Annotated[
+        Precision,
+        typer.Option(help="Of the weights; auto: bf16 where the processor has it, else fp32; fp32 with --addon."),
+    ] = Precision.AUTO,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Encode everything anew.")] = False,
     json_lines: Json = False,
 ) -> None:
@@ -49,7 +57,7 @@ def classify(
     lines, where = _class_lines(classes, classes_file)
     from vlkit.addons.class_weights.templates import load_templates
     from vlkit.addons.classifier import ZeroShotClassifier, parse_class_list
-    from vlkit.classify import Sorter, classify_images, gather_images, write_report
+    from vlkit.classify import Sorter, classify_images, classify_with_addons, gather_images, write_report
     from vlkit.features.cache import FeatureCache
     from vlkit.features.source import open_source
 
@@ -58,15 +66,24 @@ def classify(
     source = gather_images(images)
     for line in source.problems.lines():
         say(f"left out: {line}")
-    embedder = open_source(model, device, None if no_cache else FeatureCache.default())
-    classifier = ZeroShotClassifier.build(embedder, class_list, chosen_templates)
+    cache = None if no_cache else FeatureCache.default()
+    pipeline = pipeline_of(addon)
+    if pipeline.addons and precision is Precision.AUTO:
+        precision = Precision.FP32  # the weights that add-ons are fitted for
+    embedder = open_source(model, device, cache, precision=precision.value)
+    classifier: ZeroShotClassifier | AdaptedClassifier  # annotations of locals are not evaluated
+    if pipeline.addons:
+        pipeline = fitted_on_names(pipeline, embedder, class_list, chosen_templates)
+        classifier = pipeline.classifier(class_list, embedder, chosen_templates)
+        run = partial(classify_with_addons, embedder, pipeline, classifier)
+    else:
+        classifier = ZeroShotClassifier.build(embedder, class_list, chosen_templates)
+        run = partial(classify_images, embedder, classifier)
     sorter = Sorter(sort_into, classifier.class_names, link=link) if sort_into is not None else None
     with ExitStack() as stack:
         write_row = _csv_writer(stack, csv_file, min(top, len(class_list))) if csv_file is not None else None
         sinks = _Sinks(json_lines, classifier.rule, write_row, sorter)
-        results = classify_images(
-            embedder,
-            classifier,
+        results = run(
             source.records,
             top=top,
             min_probability=min_probability,

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+class Precision(StrEnum):
+    """Of a model's weights, as `vlkit.models.load.load_embedder` takes it."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class Decode(StrEnum):
+    """How images are read, as `vlkit.models.load.load_embedder` takes it."""
+
+    FAST = "fast"
+    REFERENCE = "reference"
+
 
 # A table that goes into a file or a pipe is not folded at 80 columns: each row stays one line.
 _UNFOLDED = 10_000

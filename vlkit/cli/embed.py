@@ -26,6 +26,13 @@ class Precision(StrEnum):
     FP32 = "fp32"
 
 
+class Views(StrEnum):
+    """Recipes of `vlkit.features.views`."""
+
+    FLIP = "flip"
+    TEN_CROP = "ten-crop"
+
+
 def embed(
     source: Annotated[str, typer.Argument(help="Folder, table, annotation file or shards.")],
     model: Annotated[str, typer.Option(help="run:FOLDER, local-dir:FOLDER or open_clip:NAME/TAG.")],
@@ -38,6 +45,9 @@ def embed(
         Precision | None, typer.Option(help="Of the numbers on disk. [default: fp32, or as it was begun]")
     ] = None,
     patches: Annotated[bool, typer.Option("--patches", help="Also store features of every patch.")] = False,
+    views: Annotated[
+        Views | None, typer.Option(help="Also store features of views: the mirror image, or ten crops.")
+    ] = None,
     source_format: Annotated[
         str | None, typer.Option("--format", help="How the source is laid out; default: from the files.")
     ] = None,
@@ -87,6 +97,7 @@ def embed(
             out,
             precision=None if precision is None else precision.value,
             patches=patches,
+            views=None if views is None else views.value,
             part_size=part_size,
             update=update,
             split=split,

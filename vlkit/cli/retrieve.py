@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vlkit.cli.addon_options import AddOns, pipeline_of
 from vlkit.cli.console import Json, print_json, print_table, say
 from vlkit.cli.own_eval import require_own_eval
 from vlkit.errors import DataError
@@ -23,6 +24,7 @@ def retrieve(
     model: Annotated[
         str | None, typer.Option(help="The model the features are from, where it has moved. [default: as embedded]")
     ] = None,
+    addon: AddOns = None,
     page: Annotated[
         Path | None, typer.Option("--open", help="Write an HTML page with the pictures, and show it in a browser.")
     ] = None,
@@ -41,7 +43,16 @@ def retrieve(
     from vlkit.features.source import open_source
 
     source = open_source(model or gallery.model, device, None if no_cache else FeatureCache.default())
-    found = gallery.find(source, query, k)
+    pipeline = pipeline_of(addon)
+    if pipeline.addons:
+        from vlkit.addons.reference import Reference
+        from vlkit.addons.search import search_with_addons
+
+        if not any(one.fitted is None and (one.needs | one.uses) for one in pipeline.addons):
+            pipeline = pipeline.fit(Reference(task="retrieval"), source)  # nothing is learned from data
+        found = search_with_addons(folder, source, query, pipeline, k)
+    else:
+        found = gallery.find(source, query, k)
     if len(found) < k and not json:
         say(f"The gallery holds {len(found)} images, fewer than the {k} asked for.")
     if page is not None:
@@ -51,6 +62,8 @@ def retrieve(
             typer.launch(str(page))
     if json:
         asked = {"text": text, "image": None if image is None else str(image), "rule": query.rule}
+        if pipeline.addons:
+            asked["addons"] = ", ".join(one.name for one in pipeline.addons)
         print_json({"query": asked, "num_items": len(gallery.index), "results": [_as_json(item) for item in found]})
     else:
         rows = [(item.rank, f"{item.score:.4f}", item.id, item.caption or "") for item in found]

@@ -22,7 +22,7 @@ import numpy as np
 from vlkit.data.atomic import atomic_file
 from vlkit.errors import DataError
 from vlkit.features.cache_folder import cache_folder, cannot_write
-from vlkit.features.model_card import DECODER, ModelCard
+from vlkit.features.model_card import ModelCard
 from vlkit.features.stamps import digest
 from vlkit.features.vectors import VectorStore
 
@@ -96,7 +96,7 @@ class FeatureCache:
         return sum(entry.num_bytes for entry in chosen)
 
     def _store(self, kind: Kind, card: ModelCard, width: int) -> VectorStore:
-        folder = self.folder / kind / _folder_name(kind, card.identity)
+        folder = self.folder / kind / _folder_name(kind, card)
         about = folder / "about.json"
         if not about.is_file():
             try:
@@ -123,8 +123,8 @@ def text_key(text: str) -> bytes:
     return digest(text)
 
 
-def _folder_name(kind: Kind, identity: str) -> str:
-    return digest(identity, DECODER if kind == "images" else "").hex()
+def _folder_name(kind: Kind, card: ModelCard) -> str:
+    return digest(card.identity, card.decoder if kind == "images" else "").hex()
 
 
 def _is(entry: CacheEntry, model: str) -> bool:

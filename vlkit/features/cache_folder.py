@@ -1,10 +1,9 @@
-"""Where vlkit keeps what it can make again."""
+"""The cache of features lies where vlkit keeps what it can make again; what to say when that refuses."""
 
-import os
-import sys
 from pathlib import Path
 
-VARIABLE = "VLKIT_CACHE"
+from vlkit.data.cache_folder import VARIABLE as VARIABLE
+from vlkit.data.cache_folder import cache_folder as cache_folder
 
 
 def cannot_write(folder: Path, error: OSError) -> str:
@@ -13,15 +12,3 @@ def cannot_write(folder: Path, error: OSError) -> str:
         f"Cannot write the cache {folder}: {error.strerror or error}. Free space (`vlkit cache clear`), name another "
         f"folder in {VARIABLE}, or go without: --no-cache."
     )
-
-
-def cache_folder() -> Path:
-    """`VLKIT_CACHE`, or `vlkit` in the user's cache folder of this system."""
-    chosen = os.environ.get(VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "vlkit"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "vlkit"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlkit"

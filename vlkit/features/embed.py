@@ -24,6 +24,7 @@ from vlkit.features.source import FeatureSource
 from vlkit.features.stage import finish_move, move_in, stage_folder
 from vlkit.features.stamps import Stamp, Stamper
 from vlkit.features.store import ABOUT, FOLDERS, About, is_whole, read_about, write_about
+from vlkit.features.views import Recipe, check_recipe
 
 Precision = Literal["fp16", "fp32"]
 
@@ -60,6 +61,7 @@ def embed_source(
     *,
     precision: Precision | None = None,
     patches: bool = False,
+    views: Recipe | None = None,
     part_size: int | None = None,
     update: bool = False,
     split: str | None = None,
@@ -78,6 +80,7 @@ def embed_source(
         out: folder; one begun before with the same model and source is continued.
         precision: of the numbers on disk; default that of a set that is there, else fp32.
         patches: also store patch features in the joint space.
+        views: also store features of further views of each image, for test-time augmentation.
         part_size: images a part; default 1024, more for large sources.
         update: where the source has changed since, embed what is new or changed and drop what is gone.
         split: what of the source this is, for the record.
@@ -100,7 +103,7 @@ def embed_source(
         finish_move(out, FOLDERS, ABOUT)
     stamper = Stamper()
     stamps = [stamper.stamp(record.image) for record in source.records]
-    plan = _plan(source, stamps, model, out, precision, patches, part_size, update, split)
+    plan = _plan(source, stamps, model, out, precision, patches, views, part_size, update, split)
     jobs = _jobs(plan, source.records, stamps, model.name, batch_size, workers)
     mine = [job for job in jobs if job.number % world_size == rank]
     missing = [job for job in mine if not is_whole(plan.target, job.number)]
@@ -162,6 +165,7 @@ def _plan(
     out: Path,
     precision: Precision | None,
     patches: bool,
+    views: Recipe | None,
     part_size: int | None,
     update: bool,
     split: str | None,
@@ -188,6 +192,7 @@ def _plan(
             "class_names": list(source.class_names),
         },
         grid=model.embedder.encoder.vision_tower.grid if patches else None,
+        views=None if views is None else check_recipe(views),
     )
     if existing is None:
         write_about(out, wanted)
@@ -216,6 +221,9 @@ def _check_same(existing: About, wanted: About, out: Path) -> None:
     if existing.grid != wanted.grid:
         has, lacks = ("with", "without") if existing.grid else ("without", "with")
         raise GalleryError(f"{out} was begun {has} --patches, this is {lacks}. Do as before, or name another --out.")
+    if existing.views != wanted.views:
+        found, asked = (f"--views {one.views}" if one.views else "without --views" for one in (existing, wanted))
+        raise GalleryError(f"{out} was begun {found}, this is {asked}. Do as before, or name another --out.")
 
 
 def _jobs(
@@ -233,6 +241,7 @@ def _jobs(
             old=plan.old,
             precision=about.precision,
             grid=about.grid,
+            views=about.views,
             with_texts=any(record.captions for record in records),
             batch_size=batch_size,
             workers=workers,

@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlkit.contracts import Progress
-from vlkit.data.images import iterate_images
 from vlkit.data.records import Record
-from vlkit.engine import default_workers
 from vlkit.errors import GalleryError, ModelError
 from vlkit.features.feature_set import Fingerprint
 from vlkit.features.old_parts import OldParts, open_old_parts
 from vlkit.features.source import FeatureSource, open_source
 from vlkit.features.stamps import Stamp
 from vlkit.features.store import SCHEMA, Part, write_part
+from vlkit.features.views import NUM_VIEWS, Recipe, embed_views
 from vlkit.models.embedder import Embedder
 
 _TYPES = {"fp16": np.float16, "fp32": np.float32}
@@ -41,6 +40,7 @@ class Job:
     old: Path | None  # set of features to copy from
     precision: str
     grid: tuple[int, int] | None  # of patches, None for none
+    views: Recipe | None  # further views of each image
     with_texts: bool
     batch_size: int
     workers: int | None
@@ -61,6 +61,7 @@ class _Encoded(NamedTuple):
     unit: Tensor  # (b,D)
     norms: Tensor  # (b,)
     patches: Tensor | None  # (b,P,D)
+    views: Tensor | None  # (b,V,D)
     failures: list[tuple[int, str]]
 
 
@@ -77,7 +78,8 @@ def do_job(job: Job, model: FeatureSource, old: OldParts | None, progress: Progr
             found = old.unchanged(record.key, stamp)
             if found is not None:
                 patches = old.matrix("patch_emb", found.part)[found.row] if job.grid else None
-                rows[position] = _Row(old.matrix("img_emb", found.part)[found.row], found.norm, patches)
+                views = old.matrix("view_emb", found.part)[found.row] if job.views else None
+                rows[position] = _Row(old.matrix("img_emb", found.part)[found.row], found.norm, patches, views)
     num_copied = len(rows)
     new = [position for position in range(len(job.records)) if position not in rows]
     failures: list[tuple[int, str]] = []
@@ -85,7 +87,8 @@ def do_job(job: Job, model: FeatureSource, old: OldParts | None, progress: Progr
         _check_finite(chunk.unit, [job.records[new[row]].key for row in chunk.rows], "images")
         for place, row in enumerate(chunk.rows):
             patches = None if chunk.patches is None else chunk.patches[place].numpy()
-            rows[new[row]] = _Row(chunk.unit[place].numpy(), float(chunk.norms[place]), patches)
+            views = None if chunk.views is None else chunk.views[place].numpy()
+            rows[new[row]] = _Row(chunk.unit[place].numpy(), float(chunk.norms[place]), patches, views)
         failures += [(new[row], reason) for row, reason in chunk.failures]
         if progress:
             progress(len(rows) + len(failures), len(job.records))
@@ -107,6 +110,7 @@ class _Row(NamedTuple):
     unit: NDArray[Any]  # (D,)
     norm: float
     patches: NDArray[Any] | None  # (P,D)
+    views: NDArray[Any] | None  # (V,D)
 
 
 def _assemble(
@@ -120,17 +124,22 @@ def _assemble(
     order = sorted(rows)
     records = [job.records[position] for position in order]
     image = np.stack([rows[position].unit for position in order]) if order else np.empty((0, width))
-    patches = None
+    patches = views = None
     if job.grid is not None:
         shape = (0, job.grid[0] * job.grid[1], width)
         patches = np.stack([_must(rows[position].patches) for position in order]) if order else np.empty(shape)
         patches = patches.astype(kind, copy=False)
+    if job.views is not None:
+        shape = (0, NUM_VIEWS[job.views], width)
+        views = np.stack([_must(rows[position].views) for position in order]) if order else np.empty(shape)
+        views = views.astype(kind, copy=False)
     first, others = _texts(records, model, old, job.batch_size) if job.with_texts else (None, None)
     return Part(
         image=image.astype(kind, copy=False),
         text=None if first is None else first.astype(kind, copy=False),
         more_text=None if others is None else others.astype(kind, copy=False),
         patches=patches,
+        views=views,
         metadata=_metadata(records, [job.stamps[position] for position in order], [rows[p].norm for p in order]),
         failures=failures,
     )
@@ -171,11 +180,22 @@ def _metadata(records: Sequence[Record], stamps: Sequence[Stamp], norms: Sequenc
 
 
 def _encode(job: Job, records: Sequence[Record], model: FeatureSource) -> Iterator[_Encoded]:
-    if job.grid is not None:
-        yield from _encode_with_patches(model.embedder, records, job.batch_size, job.workers)
+    chunks = _encode_once(job, records, model.embedder)
+    if job.views is None:
+        yield from chunks
         return
-    for chunk in model.embedder.iterate_embeddings(records, job.batch_size, workers=job.workers):
-        yield _Encoded(chunk.rows, chunk.embeddings, chunk.norms, None, chunk.failures)
+    for chunk in chunks:
+        readable = [records[row] for row in chunk.rows]
+        views = embed_views(model.embedder, readable, job.views, job.batch_size, job.workers)
+        yield chunk._replace(views=views)
+
+
+def _encode_once(job: Job, records: Sequence[Record], embedder: Embedder) -> Iterator[_Encoded]:
+    if job.grid is not None:
+        yield from _encode_with_patches(embedder, records, job.batch_size, job.workers)
+        return
+    for chunk in embedder.iterate_embeddings(records, job.batch_size, workers=job.workers):
+        yield _Encoded(chunk.rows, chunk.embeddings, chunk.norms, None, None, chunk.failures)
 
 
 def _encode_with_patches(
@@ -188,8 +208,7 @@ def _encode_with_patches(
             f"{embedder.name} normalises after pooling, so its patches have no place in the joint space. Leave "
             "--patches out, or take a model that normalises before pooling (any CLIP ViT)."
         )
-    threads = min(default_workers(), 8) if workers is None else workers
-    for chunk in iterate_images(records, embedder.encoder.preprocess, batch_size=batch_size, workers=threads):
+    for chunk in embedder.iterate_pixels(records, batch_size, workers):
         raw = torch.empty(0, embedder.embed_dim)
         patches = torch.empty(0, tower.grid[0] * tower.grid[1], embedder.embed_dim)
         if chunk.rows:
@@ -199,7 +218,7 @@ def _encode_with_patches(
                 patches = F.normalize(tower.project(tower.patches(x)).float(), dim=-1).cpu()
         with torch.inference_mode():
             unit, norms = F.normalize(raw, dim=-1), raw.norm(dim=-1)
-        yield _Encoded(chunk.rows, unit, norms, patches, chunk.failures)
+        yield _Encoded(chunk.rows, unit, norms, patches, None, chunk.failures)
 
 
 def _check_finite(features: Tensor, names: Sequence[str], what: str) -> None:

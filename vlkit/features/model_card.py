@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from vlkit import __version__
 from vlkit.data.atomic import atomic_file
 from vlkit.errors import CheckpointError, DataError
@@ -19,11 +21,14 @@ from vlkit.features.cache_folder import cannot_write
 from vlkit.features.feature_set import Fingerprint, library_versions
 from vlkit.features.stamps import digest, folder_stamp
 from vlkit.models import catalogue
-from vlkit.models.embedder import Embedder
+from vlkit.models.embedder import Decode, Embedder
 from vlkit.models.saved import read_json
 
 # How `vlkit.data.images` reads images for embedding; to be changed when its pixels change.
-DECODER = "vlkit 1, fast, EXIF applied"
+DECODERS: dict[Decode, str] = {
+    "fast": "vlkit 1, fast, EXIF applied",
+    "reference": "vlkit 1, reference (pillow), EXIF ignored",
+}
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,19 @@ class ModelCard:
     logit_scale: float
     logit_bias: float | None
     family: Literal["softmax", "sigmoid"]
+    decode: Decode
+    precision: str  # of the weights: fp32, bf16
+
+    @property
+    def decoder(self) -> str:
+        """How images are read, in words."""
+        return DECODERS[self.decode]
 
     @property
     def fingerprint(self) -> Fingerprint:
         """Of features this model makes."""
         names = ("weights", "architecture", "preprocess", "tokenizer")
-        identity = {name: str(getattr(self, name)) for name in names} | {"decoder": DECODER}
+        identity = {name: str(getattr(self, name)) for name in names} | {"decoder": self.decoder}
         return Fingerprint(identity, self.name, library_versions())
 
 
@@ -63,13 +75,22 @@ def card_of(embedder: Embedder) -> ModelCard:
         logit_scale=embedder.logit_scale,
         logit_bias=embedder.logit_bias,
         family=embedder.family,
+        decode=embedder.decode,
+        precision=_precision_of(embedder),
     )
 
 
-def remembered_card(name: str, folder: Path, load: Callable[[], Embedder]) -> ModelCard:
-    """The card of a named model; the model is loaded only if its files are not those of the card in `folder`."""
+def remembered_card(name: str, folder: Path, load: Callable[[], Embedder], variant: str = "") -> ModelCard:
+    """The card of a named model; the model is loaded only if its files are not those of the card in `folder`.
+
+    Args:
+        name: of the model.
+        folder: of the cards.
+        load: gives the model.
+        variant: what of the way it is loaded decides over its features: precision and decoder.
+    """
     stamp = _stamp(name)
-    place = None if stamp is None else folder / f"{digest(name, stamp, *_versions()).hex()}.json"
+    place = None if stamp is None else folder / f"{digest(name, stamp, variant, *_versions()).hex()}.json"
     if place is not None and place.is_file():
         try:
             return ModelCard(**read_json(place))
@@ -84,6 +105,11 @@ def remembered_card(name: str, folder: Path, load: Callable[[], Embedder]) -> Mo
         except OSError as error:
             raise DataError(cannot_write(folder, error)) from error
     return card
+
+
+def _precision_of(embedder: Embedder) -> str:
+    kinds = [tensor.dtype for tensor in embedder.encoder.weights().values() if tensor.is_floating_point()]
+    return "bf16" if torch.bfloat16 in kinds else "fp16" if torch.float16 in kinds else "fp32"
 
 
 def _stamp(name: str) -> bytes | None:
@@ -117,10 +143,17 @@ def _of_open_clip(rest: str) -> bytes | None:
     return None if place.on_disk is None else folder_stamp(place.on_disk)
 
 
+def _of_timm(rest: str) -> bytes | None:
+    file = Path(rest.partition("@")[2]).expanduser()
+    return folder_stamp(file) if "@" in rest and file.is_file() else None
+
+
 _STAMPS: dict[str, Callable[[str], bytes | None]] = {
     "open_clip": _of_open_clip,
     "run": _of_run,
     "local-dir": _of_folder,
+    "hf": _of_folder,  # of the hub: not known without its client, so the model is loaded
+    "timm": _of_timm,
 }
 
 

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -21,12 +21,22 @@ from torch import Tensor
 
 from vlkit.contracts import Progress
 from vlkit.data.images import ImageLike
-from vlkit.errors import DataError
 from vlkit.features.cache import FeatureCache, text_key
 from vlkit.features.model_card import ModelCard, card_of, remembered_card
 from vlkit.features.stamps import Stamper
 from vlkit.features.vectors import VectorStore
-from vlkit.models.embedder import EmbeddedChunk, Embedder, ReadableImages, check_texts
+from vlkit.models.embedder import (
+    Decode,
+    EmbeddedChunk,
+    Embedder,
+    ReadableImages,
+    all_of,
+    check_texts,
+    readable_of,
+)
+
+if TYPE_CHECKING:
+    from vlkit.models.load import Precision
 
 # Images that are handed on at once when all of them are in the cache.
 _CACHED_AT_ONCE = 1024
@@ -73,10 +83,7 @@ class FeatureSource(ABC):
         Raises:
             DataError: an image cannot be read; the message names it.
         """
-        read = self.embed_images_where_readable(images, batch_size, progress, workers)
-        if read.failures:
-            raise DataError(f"Image {read.failures[0][0]} of {len(images)}: {read.failures[0][1]}")
-        return read.embeddings
+        return all_of(self.iterate_embeddings(images, batch_size, progress, workers), len(images), self.card.embed_dim)
 
     def embed_images_where_readable(
         self,
@@ -86,14 +93,8 @@ class FeatureSource(ABC):
         workers: int | None = None,
     ) -> ReadableImages:
         """As `Embedder.embed_images_where_readable`."""
-        out = torch.empty(len(images), self.card.embed_dim)
-        kept: list[int] = []
-        failures: list[tuple[int, str]] = []
-        for chunk in self.iterate_embeddings(images, batch_size, progress, workers):
-            out[len(kept) : len(kept) + len(chunk.rows)] = chunk.embeddings
-            kept += chunk.rows
-            failures += chunk.failures
-        return ReadableImages(out[: len(kept)], kept, failures)
+        chunks = self.iterate_embeddings(images, batch_size, progress, workers)
+        return readable_of(chunks, len(images), self.card.embed_dim)
 
     @property
     def name(self) -> str:
@@ -221,30 +222,42 @@ class CachedEmbedder(FeatureSource):
             yield EmbeddedChunk(rows, chunk.embeddings, failures, chunk.norms)
 
 
-def open_source(name: str, device: str = "auto", cache: FeatureCache | None = None) -> CachedEmbedder:
+def open_source(
+    name: str,
+    device: str = "auto",
+    cache: FeatureCache | None = None,
+    *,
+    precision: "Precision" = "fp32",
+    decode: Decode = "fast",
+) -> CachedEmbedder:
     """A named model with a cache.
 
     Args:
         name: as for `vlkit.models.load.load_encoder`.
         device: "auto" (cuda, mps, cpu), or a torch device.
         cache: None encodes everything each time.
+        precision: of the weights, see `load_embedder`.
+        decode: how images are read, see `load_embedder`.
 
     Raises:
         ModelError: an unknown name, or a device this machine lacks.
         CheckpointError: weights that are missing or damaged.
     """
-    from vlkit.models.load import load_embedder, pick_device
+    from vlkit.models.load import load_embedder, pick_device, pick_precision
 
-    pick_device(device)  # at once, although the model may not be needed
+    # At once, although the model may not be needed.
+    chosen = pick_precision(precision, pick_device(device))
+    variant = f"{precision} {chosen} {decode}"
     # One model, whoever asks first: the card, or the first thing to encode.
     loaded: list[Embedder] = []
 
     def load() -> Embedder:
         if not loaded:
-            loaded.append(load_embedder(name, device))
+            loaded.append(load_embedder(name, device, precision=precision, decode=decode))
         return loaded[0]
 
-    return CachedEmbedder(load, cache, None if cache is None else remembered_card(name, cache.cards, load))
+    known = None if cache is None else remembered_card(name, cache.cards, load, variant)
+    return CachedEmbedder(load, cache, known)
 
 
 def _with_cached(

@@ -5,6 +5,7 @@
     text_emb/text_emb_00000.npy             (n,D) its first caption; zeros where it has none
     more_text_emb/more_text_emb_00000.npy   (m,D) its other captions, in order
     patch_emb/patch_emb_00000.npy           (n,P,D) unit norm in the joint space
+    view_emb/view_emb_00000.npy             (n,V,D) unit norm, views for test-time augmentation
     metadata/metadata_00000.parquet         row i: key, image_path, caption, captions, label, norm, ...
     failures/failures_00000.jsonl           images that could not be read
 
@@ -30,9 +31,10 @@ from vlkit.errors import DataError, GalleryError
 from vlkit.features.clip_retrieval import StoredEmbeddings, read_clip_retrieval
 from vlkit.features.feature_set import FeatureSet, Fingerprint
 from vlkit.features.stage import COMPLETE, STAGE
+from vlkit.features.views import Recipe
 
 ABOUT = "fingerprint.json"
-FOLDERS = ("img_emb", "text_emb", "more_text_emb", "patch_emb", "metadata", "failures")
+FOLDERS = ("img_emb", "text_emb", "more_text_emb", "patch_emb", "view_emb", "metadata", "failures")
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -63,6 +65,7 @@ class About:
     num_images: int  # unreadable ones included
     source: Mapping[str, Any]  # path, format, split, class_names
     grid: tuple[int, int] | None = None  # of the patches
+    views: Recipe | None = None  # which views of each image are stored
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types."""
@@ -78,6 +81,7 @@ class Part(NamedTuple):
     text: NDArray[Any] | None  # (n,D)
     more_text: NDArray[Any] | None  # (m,D)
     patches: NDArray[Any] | None  # (n,P,D)
+    views: NDArray[Any] | None  # (n,V,D)
     metadata: pa.Table  # (n) rows of SCHEMA
     failures: Sequence[tuple[str, str]]  # key, what is wrong
 
@@ -117,12 +121,14 @@ class StoredFeatures:
         lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").split("\n") if line]
         return {line["key"]: line["reason"] for line in lines}
 
-    def images(self, patches: bool = False) -> FeatureSet:
-        """Features of all images, in memory; patches stay on disk.
+    def images(self, patches: bool = False, views: bool = False) -> FeatureSet:
+        """Features of all images, in memory; patches and views stay on disk.
 
         Raises:
-            GalleryError: patches are asked for, but were not embedded.
+            GalleryError: patches or views are asked for, but were not embedded.
         """
+        if views and self.about.views is None:
+            raise GalleryError(f"{self.folder} holds no views. Embed again with --views flip or ten-crop.")
         if patches and self.about.grid is None:
             raise GalleryError(f"{self.folder} holds no patches. Embed again with --patches.")
         labels = self.metadata.column("label").fill_null(-1).to_numpy()
@@ -133,6 +139,7 @@ class StoredFeatures:
             fingerprint=self.fingerprint,
             patches=torch.from_numpy(self._joined("patch_emb")) if patches else None,
             grid=self.about.grid if patches else None,
+            views=torch.from_numpy(self._joined("view_emb")) if views else None,
             labels=torch.from_numpy(labels.copy()) if bool((labels >= 0).any()) else None,
         )
 
@@ -202,8 +209,9 @@ def read_about(folder: Path) -> About:
     path = folder / ABOUT
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        names = [name for name in About.__dataclass_fields__ if name != "fingerprint"]
-        fields = {name: value[name] for name in names}
+        names = [name for name in About.__dataclass_fields__ if name not in ("fingerprint", "views")]
+        # Sets that were made before there were views do not speak of them.
+        fields = {name: value[name] for name in names} | {"views": value.get("views")}
     except FileNotFoundError as error:
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) if folder.is_dir() else "no folder"
         raise GalleryError(
@@ -230,6 +238,7 @@ def write_part(folder: Path, number: int, part: Part) -> None:
         "text_emb": part.text,
         "more_text_emb": part.more_text,
         "patch_emb": part.patches,
+        "view_emb": part.views,
     }
     for name, matrix in matrices.items():
         if matrix is not None:

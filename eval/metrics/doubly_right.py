@@ -1,0 +1,90 @@
+"""Doubly right recognition: how often both the class and the reason for it are right.
+
+    rates = doubly_right(scores, candidates, labels, reasons)
+    rates.both, rates.only_class, rates.only_reason, rates.neither
+
+Source: Mao et al. 2023, "Doubly Right Object Recognition: A Why Prompt for Visual Rationales", CVPR, arXiv:2212.06202,
+section 3, and the authors' code: candidates are all pairs of class and reason, 5 are looked at.
+Differs: classes and reasons are compared by number, not as parts of strings, and all five candidates vote, where the
+authors' loop stops at the first hit. Equal scores stand in random order, drawn by seed for each image.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlkit.errors import DataError
+
+# Scores at a time: 256 images x 46,200 candidates are 47 MB.
+_CHUNK = 256
+
+
+class Candidates(NamedTuple):
+    """T pairs of a class and a reason."""
+
+    classes: Tensor  # (T,) int64
+    reasons: Tensor  # (T,) int64
+
+
+class DoublyRight(NamedTuple):
+    """Shares of the images; they sum to 1."""
+
+    both: float  # class and reason right: RR, the doubly right accuracy
+    only_class: float  # RW: right for another reason
+    only_reason: float  # WR: another class, with the image's reason
+    neither: float  # WW
+
+
+def doubly_right(
+    scores: Tensor, candidates: Candidates, labels: Tensor, reasons: Tensor, k: int = 5, seed: int = 0
+) -> DoublyRight:
+    """Rates over images.
+
+    The k best candidates of an image vote for the class; of classes with equally many, the one whose candidate comes
+    first wins. The reason is right if one of the k joins it with the true class (or, where the class is wrong, with
+    the class chosen).
+
+    Args:
+        scores: (n,T) of images and candidates.
+        candidates: what the columns stand for.
+        labels: (n,) true classes.
+        reasons: (n,) each image's own reason.
+        k: candidates looked at; more than there are: all.
+        seed: of the order of equal scores.
+
+    Raises:
+        DataError: sizes that do not go together, or no image.
+    """
+    sizes = {len(labels), len(reasons), len(scores)}
+    if len(sizes) > 1 or not len(scores) or scores.shape[1] != len(candidates.classes):
+        raise DataError(
+            f"Scores are {tuple(scores.shape)} for {len(labels)} labels, {len(reasons)} reasons and "
+            f"{len(candidates.classes)} candidates; expected (images, candidates) of at least one image."
+        )
+    counts = torch.zeros(2, 2)
+    for rows, best in _best(scores, k, seed):
+        classes, given = candidates.classes[best], candidates.reasons[best]
+        chosen = _vote(classes)
+        right = chosen == labels[rows]
+        reason = ((classes == chosen[:, None]) & (given == reasons[rows, None])).any(1)
+        counts.index_put_((right.long(), reason.long()), torch.ones(len(best)), accumulate=True)
+    share = (counts / len(scores)).tolist()
+    return DoublyRight(both=share[1][1], only_class=share[1][0], only_reason=share[0][1], neither=share[0][0])
+
+
+def _best(scores: Tensor, k: int, seed: int) -> Iterator[tuple[slice, Tensor]]:
+    """The k best candidates (b,k) of some images at a time, best first."""
+    random = torch.Generator().manual_seed(seed)
+    for start in range(0, len(scores), _CHUNK):
+        part = scores[start : start + _CHUNK]
+        order = torch.rand(part.shape, generator=random).argsort(1)
+        ranked = part.gather(1, order).sort(dim=1, descending=True, stable=True).indices[:, :k]
+        yield slice(start, start + len(part)), order.gather(1, ranked)
+
+
+def _vote(classes: Tensor) -> Tensor:
+    """(b,) the most frequent of (b,k) classes, the first of those in case of a tie."""
+    votes = (classes[:, :, None] == classes[:, None]).sum(2)
+    return classes.gather(1, votes.argmax(1, keepdim=True))[:, 0]

@@ -1,0 +1,254 @@
+"""Images a second of classifying a folder, beside the same loop written with open_clip and transformers' pipeline.
+
+    python tests/benchmarks/classify_folder.py IMAGES [--model run:DIR] [--num-images 200] [--pipeline 10] [--json]
+
+All use the same weights: a ViT-B-32 drawn at random and saved in a temporary folder, or a trained run by --model
+(without the pipeline, unless it is a ViT-B-32). What is timed begins when the model is loaded: class prompts, images.
+The loop: pillow, open_clip's transform, batches of 64, open_clip's classifier builder with the same template. Class
+weights are timed apart, with 80 templates. vlkit starts from an empty cache, then runs a second time.
+`equal top-1` is the share of images given the same class by vlkit and by the loop.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+TEMPLATE = "a photo of a {}."
+BATCH = 64
+
+
+class Line(NamedTuple):
+    name: str
+    case: str
+    ours: float
+    peer: float | None
+    ratio: float | None  # ours / peer
+    unit: str
+
+
+class Run(NamedTuple):
+    """One way of classifying a folder."""
+
+    text_seconds: float
+    image_seconds: float
+    best: list[int]
+
+
+def random_model(folder: Path) -> str:
+    from vlkit.models.open_clip_encoder import build_encoder
+    from vlkit.models.saved import save_encoder
+
+    torch.manual_seed(0)
+    save_encoder(build_encoder("ViT-B-32"), folder)
+    return f"local-dir:{folder}"
+
+
+def vlkit_run(name: str, paths: Sequence[Path], classes: Sequence[str], cache: Path, precision: Any) -> Run:
+    from vlkit.addons.classifier import ZeroShotClassifier
+    from vlkit.classify import Classified, classify_images, gather_images
+    from vlkit.features.cache import FeatureCache
+    from vlkit.features.source import open_source
+
+    source = open_source(name, "cpu", FeatureCache(cache), precision=precision)
+    began = time.perf_counter()
+    classifier = ZeroShotClassifier.build(source, list(classes), [TEMPLATE])
+    built = time.perf_counter()
+    records = gather_images(paths).records
+    found = list(classify_images(source, classifier, records, top=1, batch_size=BATCH, workers=2))
+    ended = time.perf_counter()
+    index = {shown: number for number, shown in enumerate(classifier.class_names)}
+    best = [index[item.classes[0][0]] for item in found if isinstance(item, Classified)]
+    return Run(built - began, ended - built, best)
+
+
+def open_clip_model(folder: Path) -> tuple[Any, Any, Any]:
+    import open_clip
+
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    return model.eval(), transform, open_clip.get_tokenizer(f"local-dir:{folder}")
+
+
+def open_clip_weights(model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+    import open_clip
+
+    fill = [lambda name, text=text: text.replace("{}", name) for text in templates]
+    weights: Tensor = open_clip.build_zero_shot_classifier(model, tokenizer, classes, fill, device="cpu")
+    return weights
+
+
+def open_clip_run(folder: Path, paths: Sequence[Path], classes: Sequence[str]) -> Run:
+    model, transform, tokenizer = open_clip_model(folder)
+    began = time.perf_counter()
+    with torch.inference_mode():
+        weights = open_clip_weights(model, tokenizer, classes, [TEMPLATE])
+        built = time.perf_counter()
+        best = []
+        for start in range(0, len(paths), BATCH):
+            images = torch.stack([transform(Image.open(path)) for path in paths[start : start + BATCH]])
+            features = model.encode_image(images, normalize=True)
+            best += (features @ weights).argmax(1).tolist()
+    return Run(built - began, time.perf_counter() - built, best)
+
+
+def pipeline_seconds(folder: Path, paths: Sequence[Path], classes: Sequence[str]) -> float:
+    """Seconds of the transformers pipeline with the same weights."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, pipeline
+
+    model, transform, _ = open_clip_model(folder)
+    converted: Any = CLIPModel(CLIPConfig(text_config={"hidden_act": "gelu", "eos_token_id": 49407},
+                                     vision_config={"hidden_act": "gelu"}))  # fmt: skip
+    converted.eval()
+    converted.load_state_dict(_for_transformers(model), strict=True)
+    pixels = transform(Image.open(paths[0]))[None]
+    with torch.inference_mode():
+        output = converted.get_image_features(pixel_values=pixels)
+        features = getattr(output, "pooler_output", output)  # transformers 5 wraps it
+        own = model.encode_image(pixels)
+    assert torch.cosine_similarity(features, own).item() > 0.999, "the conversion went wrong"
+    tokenizer = CLIPTokenizer(*_vocabulary(folder))
+    classify = pipeline("zero-shot-image-classification", model=converted, tokenizer=tokenizer,
+                        image_processor=CLIPImageProcessor(), device="cpu")  # fmt: skip
+    began = time.perf_counter()
+    for path in paths:
+        classify(str(path), candidate_labels=list(classes), hypothesis_template=TEMPLATE)
+    return time.perf_counter() - began
+
+
+def _vocabulary(folder: Path) -> tuple[Any, Any]:
+    """open_clip's byte pairs in the two pieces transformers reads."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    own = SimpleTokenizer()
+    encoder = {{"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}.get(k, k): v
+               for k, v in own.encoder.items()}  # fmt: skip
+    return encoder, [pair for pair, _ in sorted(own.bpe_ranks.items(), key=lambda item: item[1])]
+
+
+def _for_transformers(model: Any) -> dict[str, Tensor]:
+    """open_clip's CLIP weights under the names of transformers' CLIPModel."""
+    found: dict[str, Tensor] = {"logit_scale": model.logit_scale.data}
+    visual, text = model.visual, model.text if hasattr(model, "text") else model
+    found["vision_model.embeddings.class_embedding"] = visual.class_embedding.data
+    found["vision_model.embeddings.patch_embedding.weight"] = visual.conv1.weight.data
+    found["vision_model.embeddings.position_embedding.weight"] = visual.positional_embedding.data
+    found["visual_projection.weight"] = visual.proj.data.T.contiguous()
+    found["text_model.embeddings.token_embedding.weight"] = text.token_embedding.weight.data
+    found["text_model.embeddings.position_embedding.weight"] = text.positional_embedding.data
+    found["text_projection.weight"] = text.text_projection.data.T.contiguous()
+    norms = {
+        "vision_model.pre_layrnorm": visual.ln_pre,
+        "vision_model.post_layernorm": visual.ln_post,
+        "text_model.final_layer_norm": text.ln_final,
+    }
+    for tower, blocks in (("vision", visual.transformer.resblocks), ("text", text.transformer.resblocks)):
+        for number, block in enumerate(blocks):
+            at = f"{tower}_model.encoder.layers.{number}"
+            norms |= {f"{at}.layer_norm1": block.ln_1, f"{at}.layer_norm2": block.ln_2}
+            norms |= {f"{at}.mlp.fc1": block.mlp.c_fc, f"{at}.mlp.fc2": block.mlp.c_proj}
+            norms[f"{at}.self_attn.out_proj"] = block.attn.out_proj
+            for kind in ("weight", "bias"):
+                parts = getattr(block.attn, f"in_proj_{kind}").data.chunk(3)
+                for letter, part in zip("qkv", parts, strict=True):
+                    found[f"{at}.self_attn.{letter}_proj.{kind}"] = part.clone()
+    for name, module in norms.items():
+        found[f"{name}.weight"], found[f"{name}.bias"] = module.weight.data, module.bias.data
+    return found
+
+
+def class_weight_seconds(name: str, folder: Path, classes: Sequence[str], precision: Any) -> tuple[float, float]:
+    """Ours and open_clip's, with 80 templates."""
+    from vlkit.addons.class_weights.templates import load_templates
+    from vlkit.addons.classifier import ZeroShotClassifier
+    from vlkit.features.source import open_source
+
+    templates = load_templates("imagenet80")
+    source = open_source(name, "cpu", None, precision=precision)
+    source.embed_texts(["warm up"])
+    began = time.perf_counter()
+    ZeroShotClassifier.build(source, list(classes), templates)
+    ours = time.perf_counter() - began
+    model, _, tokenizer = open_clip_model(folder)
+    began = time.perf_counter()
+    open_clip_weights(model, tokenizer, classes, templates)
+    return ours, time.perf_counter() - began
+
+
+def compare(name: str, folder: Path, paths: Sequence[Path], arguments: argparse.Namespace) -> Iterator[Line]:
+    from open_clip import IMAGENET_CLASSNAMES
+
+    # Two ImageNet classes bear one name; a class list has each once.
+    classes = list(dict.fromkeys(IMAGENET_CLASSNAMES))[: arguments.num_classes]
+    case = f"{len(paths)} images x {len(classes)} classes"
+    runs, peers, second = [], [], math.nan
+    for _ in range(arguments.repeats):
+        with tempfile.TemporaryDirectory() as cache:
+            runs.append(vlkit_run(name, paths, classes, Path(cache), arguments.precision))
+            again = vlkit_run(name, paths, classes, Path(cache), arguments.precision)
+            second = again.text_seconds + again.image_seconds
+        peers.append(open_clip_run(folder, paths, classes))
+    ours, peer = (min(found, key=lambda run: run.text_seconds + run.image_seconds) for found in (runs, peers))
+
+    def rate(run: Run, of_text: bool) -> float:
+        return len(paths) / (run.image_seconds + (run.text_seconds if of_text else 0))
+
+    yield _line("classify, all in", f"{case}, open_clip", rate(ours, True), rate(peer, True), "images/s")
+    yield _line("classify, images alone", f"{case}, open_clip", rate(ours, False), rate(peer, False), "images/s")
+    equal = sum(a == b for a, b in zip(ours.best, peer.best, strict=True)) / len(paths)
+    yield Line("equal top-1", case, equal, None, None, "share")
+    yield Line("second run", case, second, None, None, "s")
+    if arguments.pipeline:
+        seconds = pipeline_seconds(folder, paths[: arguments.pipeline], classes)
+        shown = f"{case}, transformers pipeline on {arguments.pipeline}"
+        yield _line("classify, all in", shown, rate(ours, True), arguments.pipeline / seconds, "images/s")
+    if arguments.weight_classes:
+        mine, theirs = class_weight_seconds(name, folder, classes[: arguments.weight_classes], arguments.precision)
+        yield _line("class weights", f"{arguments.weight_classes} classes x 80 templates", mine, theirs, "s")
+
+
+def _line(name: str, case: str, ours: float, peer: float, unit: str) -> Line:
+    return Line(name, case, ours, peer, ours / peer, unit)
+
+
+def show(line: Line, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(line._asdict()), flush=True)
+        return
+    peer, ratio = ("-", "-") if line.peer is None else (f"{line.peer:.3f}", f"{line.ratio:.2f}")
+    print(f"{line.name:<24} {line.case:<58} {line.ours:>9.3f} {peer:>9} {ratio:>7} {line.unit}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path, help="folder of photographs")
+    parser.add_argument("--model", help="run:DIR or local-dir:DIR; default: a random ViT-B-32")
+    parser.add_argument("--num-images", type=int, default=200)
+    parser.add_argument("--num-classes", type=int, default=100)
+    parser.add_argument("--weight-classes", type=int, default=20)
+    parser.add_argument("--pipeline", type=int, default=10, help="images for the pipeline; 0 leaves it out")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of vlkit's weights")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", action="store_true", help="one object a line")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    paths = sorted(arguments.images.rglob("*.jpg"))[: arguments.num_images]
+    with tempfile.TemporaryDirectory() as temporary:
+        from vlkit.models.saved import model_folder_of_run
+
+        name = arguments.model or random_model(Path(temporary) / "model")
+        folder = model_folder_of_run(name.partition(":")[2])
+        for line in compare(name, folder, paths, arguments):
+            show(line, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

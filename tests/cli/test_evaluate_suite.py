@@ -1,0 +1,160 @@
+"""`vlkit eval suite`, `compare`, `report` and `vlkit protocols` from the command line; killed suites continue."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ARCHITECTURE = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+HOSTILE = "</td><script>document.title='ran'</script><img src=x onerror=\"document.title='ran'\">"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    from vlkit.models.open_clip_encoder import build_encoder
+    from vlkit.models.saved import save_encoder
+
+    names = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        folder = tmp_path_factory.mktemp(f"model_{seed}")
+        save_encoder(build_encoder(ARCHITECTURE), folder)
+        names.append(f"local-dir:{folder}")
+    return names
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten classes as CIFAR-10 has them, and a set in CLIP_benchmark's wds layout with hostile captions."""
+    import tarfile
+
+    root = tmp_path_factory.mktemp("data")
+    names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    for number in range(20):
+        path = root / "cifar10" / names[number % 10] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        blocks = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(blocks).resize((16, 16)).save(path)
+    folder = root / "wds" / "pairs"
+    (folder / "test").mkdir(parents=True)
+    (folder / "dataset_type.txt").write_text("retrieval")
+    with tarfile.open(folder / "test" / "0.tar", "w") as tar:
+        for number, path in enumerate(sorted((root / "cifar10").rglob("*.png"))):
+            (root / "caption").write_text(f"a {path.parent.name} {number}\n{HOSTILE} {number}")
+            tar.add(path, f"s{number:07d}.png")
+            tar.add(root / "caption", f"s{number:07d}.txt")
+    (root / "caption").unlink()
+    return root
+
+
+def lines_of(out: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines() if line.endswith("}")]
+    return sorted(({k: v for k, v in line.items() if k != "run"} for line in found), key=lambda line: str(line["key"]))
+
+
+def test_suite_compare_and_report(
+    models: list[str], data: Path, tmp_path: Path, call_vlkit: Callable[..., Any]
+) -> None:
+    suite = ["eval", "suite", "--models", ",".join(models), "--protocols", "cifar10-18", "--data", data, "--wds",
+             data / "wds", "--out", tmp_path / "r"]  # fmt: skip
+    first = call_vlkit(*suite, "--json")
+    assert first.code == 0, first.err
+    assert "precision" in first.out and "reference (pillow), EXIF ignored" in first.err and "fp32" in first.err
+    lines = [json.loads(line) for line in first.out.splitlines()]
+    assert [(line["protocol"]["name"], line["protocol"]["precision"]) for line in lines] == [
+        ("cifar10-18", "fp32"), ("wds/pairs", "fp32")] * 2  # fmt: skip
+    again = call_vlkit(*suite)
+    assert again.code == 0 and again.err.count("already there") == 4 and "mean_recall@1" in again.out
+    assert len(lines_of(tmp_path / "r")) == 4
+
+    compared = call_vlkit("eval", "compare", f"{tmp_path / 'r'}#1", f"{tmp_path / 'r'}#3", "--json")
+    assert compared.code == 0, compared.err
+    assert {"accuracy@1", "mean_per_class_recall"} <= set(json.loads(compared.out)["metrics"])
+    refused = call_vlkit("eval", "compare", f"{tmp_path / 'r'}#1", f"{tmp_path / 'r'}#2")
+    assert refused.code == 1 and "different protocols" in refused.err
+
+    report = call_vlkit("eval", "report", tmp_path / "r", "--out", tmp_path / "page", "--json")
+    assert report.code == 0, report.err
+    page = Path(json.loads(report.out)["page"]).read_text(encoding="utf-8")
+    assert page.count("<script>") == 1 and "&lt;script&gt;document.title" in page
+    assert (tmp_path / "page" / "table.md").read_text().startswith("| model | cifar10-18 | wds/pairs | mean of 2 |")
+
+
+def test_what_is_missing_is_said(models: list[str], data: Path, tmp_path: Path, call_vlkit: Callable[..., Any]) -> None:
+    out = ["--out", tmp_path / "r"]
+    nothing = call_vlkit("eval", "suite", "--models", models[0], *out)
+    assert nothing.code == 1 and "--protocols" in nothing.err
+    nowhere = call_vlkit("eval", "suite", "--models", models[0], "--protocols", "cifar10-18", *out)
+    assert nowhere.code == 1 and "cifar10-18=PATH" in nowhere.err
+    absent = call_vlkit("eval", "suite", "--models", models[0], "--protocols", "flickr1k", "--data", data, *out)
+    assert absent.code == 1 and "flickr30k" in absent.err
+    assert not (tmp_path / "r").exists()
+
+
+def test_protocols_are_listed_with_what_they_fix(call_vlkit: Callable[..., Any]) -> None:
+    table = call_vlkit("protocols")
+    assert table.code == 0 and "coco5k-karpathy" in table.out and "flickr8k-test" in table.out
+    rows = [json.loads(line) for line in call_vlkit("protocols", "caltech", "--json").out.splitlines()]
+    assert {row["name"] for row in rows} == {"caltech101", "caltech101-base", "caltech101-new"}
+    assert rows[0]["num_templates"] == 34 and rows[0]["fingerprint"]
+
+
+@pytest.mark.slow
+def test_a_suite_killed_at_any_moment_continues(models: list[str], data: Path, tmp_path: Path) -> None:
+    arguments = ["eval", "suite", "--models", ",".join(models), "--protocols", "cifar10-18", "--data", str(data),
+                 "--wds", str(data / "wds"), "--no-cache", "--out"]  # fmt: skip
+
+    def start(out: Path) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-c", "from vlkit.cli import main; main()", *arguments, str(out)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    began = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    length = time.monotonic() - began
+    for moment in np.random.default_rng(0).uniform(0.4, 1.0, 5):
+        process = start(tmp_path / "killed")
+        time.sleep(length * moment)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    before = {line["key"] for line in lines_of(tmp_path / "killed")} if (tmp_path / "killed").exists() else set()
+    last = start(tmp_path / "killed")
+    said = last.communicate()[1].decode()
+    assert last.returncode == 0
+    assert said.count("already there") == len(before)  # nothing finished is repeated
+    assert lines_of(tmp_path / "killed") == lines_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_page_with_hostile_captions_runs_no_script_but_its_own(
+    models: list[str], data: Path, tmp_path: Path, call_vlkit: Callable[..., Any]
+) -> None:
+    import shutil
+
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next((found for name in names if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("no Chromium here")
+    made = call_vlkit("eval", "suite", "--models", models[0], "--wds", data / "wds", "--out", tmp_path / "r")
+    assert made.code == 0, made.err
+    assert call_vlkit("eval", "report", tmp_path / "r", "--out", tmp_path / "page").code == 0
+    opened = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+         "--virtual-time-budget=2000", "--dump-dom", (tmp_path / "page" / "index.html").as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "<title>vlkit evaluation</title>" in opened.stdout  # a script out of a caption would have changed it
+    assert 'tabindex="0"' in opened.stdout  # ours has run: the heads of the tables can be reached by keys
