@@ -2,6 +2,7 @@
 
 Fixtures:
     vlkit_data      folder of real data sets ($VLKIT_DATA); skips the test where it is not set.
+    general_encoder folder of the small trained encoder that methods are measured on (`make encoder`).
     call_vlkit      calls the command line in this process: `call_vlkit("info", "--json").out`.
     spawn_vlkit     calls it in a process of its own (costs what it imports): `spawn_vlkit("info", cwd=tmp_path)`.
 """
@@ -53,6 +54,11 @@ def vlkit_data() -> Path:
     if not folder:
         pytest.skip("VLKIT_DATA is not set: no real data here")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def general_encoder() -> Path:
+    return Path(__file__).parent / "data" / "encoder"
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # A module imports only from those before it. `classify` is the work behind the command of that name.
 ORDER = (
-    "errors", "escape", "distributed", "engine", "contracts", "settings", "configs", "config",
+    "errors", "escape", "distributed", "engine", "contracts", "settings", "run_sections", "configs", "config",
     "data", "models", "losses", "features", "training", "interpret", "index", "addons", "classify", "cli",
 )  # fmt: skip
 FORBIDDEN = {("losses", "models")}  # losses come later in the order, but know features only

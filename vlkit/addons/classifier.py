@@ -1,7 +1,7 @@
 """A zero-shot classifier: class names made vectors once, then any number of images.
 
-    classifier = ZeroShotClassifier.build(embedder, parse_class_list(["dog", "cat | kitten"]))
-    predictions = classifier.predict(embedder.embed_images(paths), k=5)
+classifier = ZeroShotClassifier.build(embedder, parse_class_list(["dog", "cat | kitten"]))
+predictions = classifier.predict(embedder.embed_images(paths), k=5)
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from vlkit.addons.base import ClassWeights
+from vlkit.addons.class_names import ClassName, check_classes, parse_class, parse_class_list
 from vlkit.addons.class_weights.templates import (
     DEFAULT_TEMPLATES,
     TextEmbedder,
@@ -18,8 +18,18 @@ from vlkit.addons.class_weights.templates import (
     load_templates,
     template_weights,
 )
+from vlkit.addons.exchange import ClassWeights
 from vlkit.contracts import Progress
 from vlkit.errors import ConfigError
+
+__all__ = [
+    "ClassName",
+    "Predictions",
+    "ZeroShotClassifier",
+    "check_classes",
+    "parse_class",
+    "parse_class_list",
+]
 
 Family = Literal["softmax", "sigmoid"]
 
@@ -38,13 +48,6 @@ class ClassifyingEmbedder(TextEmbedder, Protocol):
     @property
     def family(self) -> Family:
         """Over the classes, or each class on its own."""
-
-
-class ClassName(NamedTuple):
-    """A class as it is shown, and every name it goes by in prompts (the shown one first)."""
-
-    shown: str
-    names: tuple[str, ...]
 
 
 class Predictions(NamedTuple):
@@ -85,6 +88,7 @@ class ZeroShotClassifier:
         class_names: Sequence[str | ClassName],
         templates: str | Sequence[str] = DEFAULT_TEMPLATES,
         progress: Progress | None = None,
+        distinct: bool = True,
     ) -> "ZeroShotClassifier":
         """Embed the prompts of every class.
 
@@ -93,11 +97,14 @@ class ZeroShotClassifier:
             class_names: C names; a string may be `name | synonym | synonym`.
             templates: a set's name, a file, one template, or a list of templates with `{}`.
             progress: called with (done, total) prompts.
+            distinct: refuse a name that stands for two classes; ImageNet's published names hold two such.
 
         Raises:
             ConfigError: no class, an empty name, duplicates, or unusable templates.
         """
-        classes = check_classes([parse_class(name) if isinstance(name, str) else name for name in class_names])
+        classes = [parse_class(name) if isinstance(name, str) else name for name in class_names]
+        if distinct or not classes:
+            check_classes(classes)
         chosen = load_templates(templates) if isinstance(templates, str) else check_templates(templates, "the list")
         weights = template_weights(embedder, [item.names for item in classes], chosen, progress)
         return cls(
@@ -132,50 +139,3 @@ class ZeroShotClassifier:
             raise ConfigError(f"top k is {k}; it must be at least 1.")
         best = self.probabilities(features).topk(min(k, len(self.class_names)), dim=-1)
         return Predictions(best.indices, best.values, self.rule)
-
-
-def parse_class(line: str) -> ClassName:
-    """`name | synonym | synonym` as a class shown under its first name.
-
-    Raises:
-        ConfigError: a name between the bars is empty.
-    """
-    names = tuple(part.strip() for part in line.split("|"))
-    if not all(names):
-        raise ConfigError(f"Class {line!r} has an empty name; write `name` or `name | synonym`.")
-    return ClassName(names[0], names)
-
-
-def parse_class_list(lines: Sequence[str], where: str = "the class list") -> list[ClassName]:
-    """The classes of a file's lines or of a comma-separated option, checked.
-
-    Raises:
-        ConfigError: a blank line (named by its number), no class at all, or duplicates.
-    """
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            raise ConfigError(
-                f"Entry {number} of {where} is blank; every entry must be a class name. Remove the blank line."
-            )
-    return check_classes([parse_class(line) for line in lines], where)
-
-
-def check_classes(classes: Sequence[ClassName], where: str = "the class list") -> list[ClassName]:
-    """The classes, once there is at least one and no name stands for two of them.
-
-    Raises:
-        ConfigError: empty, or a name occurs twice (letter case ignored).
-    """
-    if not classes:
-        raise ConfigError(f"There is no class in {where}; give at least one name.")
-    owner: dict[str, str] = {}
-    for item in classes:
-        for name in item.names:
-            if name.lower() in owner:
-                raise ConfigError(
-                    f"Class name {name!r} stands twice in {where} (under {owner[name.lower()]!r} and {item.shown!r}); "
-                    "every name may belong to one class only. Remove one."
-                )
-            owner[name.lower()] = item.shown
-    return list(classes)
-

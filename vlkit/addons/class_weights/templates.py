@@ -11,24 +11,33 @@ arXiv:2103.00020, section 3.1.4 (prompt ensembling over the embedding space).
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from vlkit.addons.base import ClassWeights
+from vlkit.addons.base import ClassWeighting, Need
+from vlkit.addons.class_names import ClassName
+from vlkit.addons.exchange import ClassWeights
 from vlkit.contracts import Progress
-from vlkit.errors import ConfigError, did_you_mean
-from vlkit.models.zero_shot_text import imagenet_templates, simple_templates
+from vlkit.models.prompt_templates import DEFAULT_TEMPLATES, TEMPLATE_SETS, check_templates, load_templates
 
-TEMPLATE_SETS = {
-    "none": lambda: ("{}",),
-    "photo": lambda: ("a photo of a {}.",),
-    "simple": simple_templates,
-    "imagenet80": imagenet_templates,
-}
-DEFAULT_TEMPLATES = "simple"
+if TYPE_CHECKING:
+    from vlkit.addons.reference import Reference
+    from vlkit.features.source import FeatureSource
+
+__all__ = [
+    "ADDON",
+    "DEFAULT_TEMPLATES",
+    "TEMPLATE_SETS",
+    "Templates",
+    "TextEmbedder",
+    "check_templates",
+    "load_templates",
+    "template_weights",
+    "templates_hash",
+]
 
 
 class TextEmbedder(Protocol):
@@ -36,46 +45,6 @@ class TextEmbedder(Protocol):
 
     def embed_texts(self, texts: Sequence[str], batch_size: int = 256, progress: Progress | None = None) -> Tensor:
         """(N, D) unit-norm float32 features, one row a text."""
-
-
-def load_templates(choice: str) -> tuple[str, ...]:
-    """Templates named by a set, given in a file (one a line), or written out as one template with `{}`.
-
-    Args:
-        choice: a key of TEMPLATE_SETS, the path of a text file, or a template such as "a drawing of a {}".
-
-    Raises:
-        ConfigError: none of the three, or a template without exactly one `{}`.
-    """
-    if choice in TEMPLATE_SETS:
-        return TEMPLATE_SETS[choice]()
-    if "{}" in choice:
-        return check_templates((choice,), "the option")
-    path = Path(choice)
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return check_templates(tuple(line.strip() for line in lines if line.strip()), str(path))
-    raise ConfigError(
-        f"Templates {choice!r} are neither a set ({', '.join(TEMPLATE_SETS)}), nor a file, nor a text with {{}}. "
-        f"{did_you_mean(choice, TEMPLATE_SETS)} Give a file with one template a line, or a template in quotes."
-    )
-
-
-def check_templates(templates: Sequence[str], where: str) -> tuple[str, ...]:
-    """The templates, once each holds exactly one `{}`.
-
-    Raises:
-        ConfigError: there is no template, or one has no `{}` or several.
-    """
-    if not templates:
-        raise ConfigError(f"No template in {where}; write one a line, each with {{}} where the class name goes.")
-    for template in templates:
-        if template.count("{}") != 1:
-            raise ConfigError(
-                f"Template {template!r} in {where} has {template.count('{}')} placeholders; "
-                f"each template needs exactly one {{}} where the class name goes."
-            )
-    return tuple(templates)
 
 
 def templates_hash(templates: Sequence[str]) -> str:
@@ -107,3 +76,28 @@ def template_weights(
     features = embedder.embed_texts(prompts, progress=progress).reshape(len(names), len(templates), -1)
     vectors = torch.nn.functional.normalize(features.mean(dim=1), dim=-1)
     return ClassWeights(vectors=vectors, class_of=torch.tensor(class_of), reduce="max")
+
+
+@dataclass(frozen=True)
+class Templates(ClassWeighting):
+    """The plain zero-shot weights, as an add-on: other templates than the evaluator's.
+
+    Attributes:
+        templates: a set's name, a file, or one template with `{}`.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"class_names"})
+
+    templates: str = "imagenet80"
+
+    def learn(self, reference: "Reference", embedder: "FeatureSource", progress: Progress | None = None) -> Self:
+        """Nothing."""
+        load_templates(self.templates)  # a mistyped set is refused before the work
+        return self
+
+    def weights(self, class_names: Sequence[ClassName], embedder: "FeatureSource") -> ClassWeights:
+        """Of the classes' prompts."""
+        return template_weights(embedder, [item.names for item in class_names], load_templates(self.templates))
+
+
+ADDON = Templates

@@ -1,0 +1,207 @@
+"""Gallery corrections in retrieval on Flickr8k; whatever is chosen is chosen on dev before test is read.
+
+    python tests/benchmarks/gallery_corrections.py --data $VLKIT_DATA/flickr8k [--model local-dir:FOLDER] [--json]
+
+Banks are the images and captions of the training split. For each method and direction the setting with the best
+recall@10 on the dev split (the first of equal ones) is taken, and measured once on the test split: recall@1, 5 and 10,
+and the paired difference to the plain ranking, its interval over images with all their captions. `skew` is that of how
+often each gallery item stands among the ten best: what hubs do to a ranking. "bank of the test queries" sees what no
+row may see, and tells how much there is to gain from a perfect bank. TTA has nothing to choose; TTA + DN takes
+means over 500 training images in ten views.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from eval.metrics import RetrievalRanks, hit_probability, paired_difference
+from eval.with_addons import ranks_of
+from vlkit.addons.adapt import captioned_reference
+from vlkit.addons.exchange import Vectors
+from vlkit.addons.feature_maps.tta import AveragedViews
+from vlkit.addons.passes import Passes
+from vlkit.addons.pipeline import PLAIN, Pipeline
+from vlkit.addons.reference import Reference
+from vlkit.addons.registry import find_method
+from vlkit.addons.views import TEST_VIEWS, ViewRecipe
+from vlkit.data.records import Record, text_to_image
+from vlkit.data.sources import read_source
+from vlkit.features.cache import FeatureCache
+from vlkit.features.source import FeatureSource, open_source
+
+KS = (1, 5, 10)
+DIRECTIONS = {"text_to_image": "image", "image_to_text": "text"}  # and the gallery of each
+ENCODER = Path(__file__).parents[1] / "data" / "encoder"
+NUM_WITH_VIEWS = 500
+
+Settings = Mapping[str, Any]
+
+
+def grid(**choices: Sequence[Any]) -> list[Settings]:
+    """All combinations."""
+    return [dict(zip(choices, one, strict=True)) for one in product(*choices.values())]
+
+
+GRIDS: dict[str, list[Settings]] = {
+    "mean": grid(lam=(0.25, 0.5, 0.75, 1.0)),
+    "top_k_mean": grid(alpha=(0.25, 0.5, 0.75, 1.0), k=(1, 4, 16, 64, 128, 512)),
+    "log_sum_exp": grid(beta=(5.0, 10.0, 20.0, 40.0, 80.0)),
+    "qb_norm": grid(beta=(5.0, 20.0, 80.0), k=(1, 10)),
+    "dual_is": grid(beta_gallery=(0.5, 5.0, 15.0), beta_queries=(10.0, 20.0, 40.0, 80.0)),
+    "distribution_norm": grid(lam=(0.25, 0.5, 0.75, 1.0)),
+    "inv_gc": grid(rate_gallery=(0.0, 0.25, 0.5, 1.0), rate_queries=(0.25, 0.5, 1.0)),
+}
+
+
+class Split(NamedTuple):
+    """Features of one split."""
+
+    images: Vectors
+    texts: Vectors
+    owners: torch.Tensor
+
+
+class Row(NamedTuple):
+    """One method in one direction."""
+
+    method: str
+    direction: str
+    settings: Settings
+    dev_recall: float | None  # @10, of the setting that was taken
+    recall: Mapping[str, float]
+    difference: Mapping[str, tuple[float, float, float]]  # to plain, with its interval
+    skew: float
+
+
+def features(passes: Passes, records: Sequence[Record], recipe: ViewRecipe | None = None) -> Split:
+    """Images with captions, and these."""
+    read = passes.read(records, recipe=recipe)
+    kept = [records[row] for row in read.kept]
+    captions = [caption for record in kept for caption in record.captions]
+    texts = Vectors("text", passes.source.embed_texts(captions))
+    return Split(read.vectors, texts, torch.tensor(text_to_image(kept)))
+
+
+def ranked(pipeline: Pipeline, split: Split, source: FeatureSource) -> RetrievalRanks:
+    return ranks_of(pipeline.retrieval(split.images, split.texts, source), split.owners)
+
+
+def recall_at_10(ranks: RetrievalRanks, direction: str) -> float:
+    return hit_probability(getattr(ranks, direction), 10).mean().item()
+
+
+def chosen(name: str, reference: Reference, dev: Split, source: FeatureSource) -> Iterator[tuple[str, Pipeline, float]]:
+    """For each direction the best setting on dev, fitted, and its recall there."""
+    best: dict[str, tuple[Pipeline, float]] = {}
+    method: Any = find_method(name)
+    for settings in GRIDS[name]:
+        # One fitted bias serves both directions; InvGC must know which side is the gallery.
+        for sides in [{"gallery": side} for side in DIRECTIONS.values()] if name == "inv_gc" else [{}]:
+            pipeline = Pipeline([method(**settings, **sides)]).fit(reference, source)
+            ranks = ranked(pipeline, dev, source)
+            for direction, side in DIRECTIONS.items():
+                value = recall_at_10(ranks, direction)
+                if sides.get("gallery", side) == side and (direction not in best or value > best[direction][1]):
+                    best[direction] = (pipeline, value)
+    for direction, (pipeline, value) in best.items():
+        yield direction, pipeline, value
+
+
+def skew(pipeline: Pipeline, split: Split, source: FeatureSource, direction: str) -> float:
+    """Skewness of how often gallery items are among the ten best."""
+    scored = pipeline.retrieval(split.images, split.texts, source)
+    size = len(split.images if direction == "text_to_image" else split.texts)
+    counts = torch.zeros(size, dtype=torch.float64)
+    for scores in scored.scores(direction):  # type: ignore[arg-type]
+        counts += torch.bincount(scores.topk(10).indices.flatten(), minlength=size)
+    away = counts - counts.mean()
+    return (away.pow(3).mean() / away.square().mean().pow(1.5)).item()
+
+
+def measured(
+    method: str, direction: str, pipeline: Pipeline, value: float | None, test: Split, source: FeatureSource
+) -> Row:
+    """On the test split, beside plain."""
+    plain, ranks = (getattr(ranked(one, test, source), direction) for one in (PLAIN, pipeline))
+    units = torch.arange(len(test.images)) if direction == "image_to_text" else test.owners
+    recall, differences = {}, {}
+    for k in KS:
+        first, second = hit_probability(plain, k), hit_probability(ranks, k)
+        recall[f"recall@{k}"] = second.mean().item()
+        change = paired_difference(first, second, units=units, num_permutations=1)
+        differences[f"recall@{k}"] = (change.difference, change.low, change.high)
+    settings = {key: one for addon in pipeline.addons for key, one in addon.settings().items() if key != "bank_size"}
+    return Row(method, direction, settings, value, recall, differences, skew(pipeline, test, source, direction))
+
+
+def rows(model: str, data: Path, methods: Sequence[str]) -> Iterator[Row]:
+    """Plain, then each method in both directions."""
+    source = open_source(model, "cpu", FeatureCache.default())
+    passes = Passes(source, workers=2)
+    records = {
+        split: [record for record in read_source(str(data), split=split).records if record.captions]
+        for split in ("train", "dev", "test")
+    }
+    reference, _ = captioned_reference(passes, records["train"])
+    dev = features(passes, records["dev"])
+    fixed = {name: list(chosen(name, reference, dev, source)) for name in methods if name in GRIDS}
+    # From here on nothing is chosen.
+    test = features(passes, records["test"])
+    for direction in DIRECTIONS:
+        yield measured("plain", direction, PLAIN, recall_at_10(ranked(PLAIN, dev, source), direction), test, source)
+        for name in fixed:
+            pipeline, value = next((one, value) for where, one, value in fixed[name] if where == direction)
+            yield measured(name, direction, pipeline, value, test, source)
+            if name == "top_k_mean":
+                seen = replace(pipeline.addons[0], images=test.images.pooled, texts=test.texts.pooled)  # type: ignore[call-arg]
+                yield measured(f"{name}, bank of the test queries", direction, Pipeline([seen]), None, test, source)
+    if "tta" in methods and "distribution_norm" in fixed:
+        yield from with_views(passes, records, fixed["distribution_norm"], source)
+
+
+def with_views(
+    passes: Passes,
+    records: Mapping[str, Sequence[Record]],
+    fixed: Sequence[tuple[str, Pipeline, float]],
+    source: FeatureSource,
+) -> Iterator[Row]:
+    """TTA, and TTA + DN with the setting DN has."""
+    some, _ = captioned_reference(passes, records["train"][:: len(records["train"]) // NUM_WITH_VIEWS])
+    views = features(passes, records["test"], TEST_VIEWS)
+    for direction in DIRECTIONS:
+        dn = next(one.addons[0].settings() for where, one, _ in fixed if where == direction)
+        alone = Pipeline([AveragedViews()]).fit(some, source)
+        both = Pipeline([AveragedViews(), find_method("distribution_norm")(**dn)]).fit(some, source)
+        for name, pipeline in (("tta", alone), ("tta + distribution_norm", both)):
+            yield measured(name, direction, pipeline, None, views, source)
+
+
+def shown(row: Row) -> str:
+    settings = ", ".join(f"{key} {value}" for key, value in row.settings.items())
+    cells = []
+    for key, value in row.recall.items():
+        change, low, high = (100 * number for number in row.difference[key])
+        beside = "" if row.method == "plain" else f" {change:+.1f} [{low:+.1f}, {high:+.1f}]"
+        cells.append(f"{key} {100 * value:.1f}{beside}")
+    return f"{row.direction:<14} {row.method:<24} {'  '.join(cells)}  skew {row.skew:.2f}  ({settings})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder of Flickr8k")
+    parser.add_argument("--model", default=f"local-dir:{ENCODER}")
+    parser.add_argument("--json", action="store_true", help="one object a line")
+    parser.add_argument("--methods", default=",".join([*GRIDS, "tta"]), help="some of them, with commas")
+    arguments = parser.parse_args()
+    for row in rows(arguments.model, arguments.data, arguments.methods.split(",")):
+        print(json.dumps(row._asdict()) if arguments.json else shown(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
