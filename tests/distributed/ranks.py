@@ -8,6 +8,7 @@ Every process builds the whole batch and the model, computes loss and gradients 
 batch and does the same together with the others. The model is a tiny DualEncoder in float64.
 """
 
+import gc
 import itertools
 import json
 import sys
@@ -234,6 +235,8 @@ def main(out: str) -> None:
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     if rank == 0:
         Path(out).write_text(json.dumps(dict(zip(found, worst.tolist(), strict=True))))
+    gc.collect()  # sharded modules are cycles that hold groups, whose threads have to end before the groups do
+    dist.barrier()
     dist.destroy_process_group()
 
 
