@@ -85,7 +85,7 @@ def test_killed_at_any_moment_it_ends_equal(name: str, tmp_path: Path) -> None:
         have = num_parts(tmp_path / "out")
         while num_parts(tmp_path / "out") == have and process.poll() is None:
             time.sleep(0.01)  # it has come to the first missing part
-        time.sleep(float(random.uniform(0, 0.5)))
+        time.sleep(float(random.uniform(0, 0.04)))
         if process.poll() is None:
             process.kill()
             kills += 1
