@@ -74,8 +74,6 @@ def test_settings_come_from_the_command_line() -> None:
 
 @pytest.mark.slow
 def test_a_few_images_help_on_photographs(vlkit_data: Path, general_encoder: Path) -> None:
-    if not general_encoder.is_dir():
-        pytest.skip("the general encoder is not there: make encoder")
     source = open_source(f"local-dir:{general_encoder}", device="cpu")
     found = read_source(str(vlkit_data / "caltech101"))
     chosen = [name for name in found.class_names if name != "Faces_easy"][:20]

@@ -26,26 +26,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+import boto3
 import numpy as np
 import pytest
 import torch
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
 from PIL import Image
 
-pytest.importorskip("s3fs", reason="the extra `remote` is not installed")
-boto3 = pytest.importorskip("boto3", reason="moto is not installed")
-
-from botocore.auth import S3SigV4Auth  # noqa: E402
-from botocore.awsrequest import AWSRequest  # noqa: E402
-from botocore.credentials import Credentials  # noqa: E402
-
-from vlkit.contracts import ImageTextBatch  # noqa: E402
-from vlkit.data import remote, remote_requests  # noqa: E402
-from vlkit.data.loader import Loader  # noqa: E402
-from vlkit.data.remote_cache import ShardCache  # noqa: E402
-from vlkit.data.shard_index import ShardSet, write_index  # noqa: E402
-from vlkit.data.transforms import Augment, Preprocess  # noqa: E402
-from vlkit.errors import DataError, RemoteError  # noqa: E402
-from vlkit.models.tokenizers import CLIP_BPE, TextTokenizer  # noqa: E402
+from vlkit.contracts import ImageTextBatch
+from vlkit.data import remote, remote_requests
+from vlkit.data.loader import Loader
+from vlkit.data.remote_cache import ShardCache
+from vlkit.data.shard_index import ShardSet, write_index
+from vlkit.data.transforms import Augment, Preprocess
+from vlkit.errors import DataError, RemoteError
+from vlkit.models.tokenizers import CLIP_BPE, TextTokenizer
 
 FAULTS = ("drop", "503", "cut", "short", "alter", "slow")
 

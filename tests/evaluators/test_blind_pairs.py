@@ -115,10 +115,10 @@ def test_mined_pairs_are_scored_by_their_captions(named_vectors: Callable[..., A
 
 
 def test_command(vlkit_data: Path, general_encoder: Path, tmp_path: Path, call_vlkit: Callable[..., Any]) -> None:
+    import timm
     import torch as t
     from safetensors.torch import save_file
 
-    timm = pytest.importorskip("timm")
     t.manual_seed(0)
     network = timm.create_model("test_vit", num_classes=0)
     save_file(network.state_dict(), tmp_path / "vit.safetensors")

@@ -149,7 +149,6 @@ def test_a_tracker_that_fails_is_said_once_and_left_out(tmp_path: Path, monkeypa
 
 
 def test_tensorboard(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="the extra `tracking` is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     trackers = Trackers(("tensorboard",), tmp_path, {}, print)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlkit.errors import ModelError
+from vlkit.errors import ConfigError, ModelError
 from vlkit.models.attention import AttentionParts, attention_parts, feed_forward, mix_values
 from vlkit.models.dual_encoder import DualEncoder
 
@@ -90,5 +90,9 @@ def grid_of(num_patches: int, grid: tuple[int, int]) -> tuple[int, int]:
         return grid
     # Square models only: a finer stride makes as many rows as columns.
     side = math.isqrt(num_patches)
-    assert side * side == num_patches, f"{num_patches} patches are no square, and the tower's grid is {rows}x{columns}"
+    if side * side != num_patches:
+        raise ConfigError(
+            f"The tower gives {num_patches} patches, which are no square, and its grid is {rows}x{columns}: prompts of "
+            "another add-on stand among them. Leave learned image prompts out of a pipeline with this switch."
+        )
     return side, side
