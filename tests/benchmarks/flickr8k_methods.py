@@ -4,8 +4,10 @@
     python tests/benchmarks/flickr8k_methods.py --data $VLKIT_DATA/flickr8k --train shards/flickr8k-train \\
         --trained runs/flickr8k_small --minutes 5 --seeds 0,1,2 --out runs/methods
 
-Each run first takes a few steps to learn how long one lasts, and then as many as fit into the time; its schedule is
-that of a run of this length. Recall@10 is measured on the 1,000 test images with their 5 captions, with bootstrap
+First every method takes a few steps in turn, with nothing else running, to learn how long one lasts; then each is
+trained for as many as fit into the time, with the schedule of a run of this length. Equal time is thus equal measured
+cost: what else runs during the trainings, and whether they were interrupted, changes no result. Run again, the command
+goes on where it stopped. Recall@10 is measured on the 1,000 test images with their 5 captions, with bootstrap
 intervals over queries; nothing is chosen there. `--trained` names a run of `flickr8k_small`: the teacher of the
 distillation, and the frozen image tower of LiT; what it cost to train is not counted. FLIP needs a vision transformer
 and so has a plain run of its own beside it.
@@ -58,11 +60,16 @@ class Result(NamedTuple):
     interval: Mapping[str, tuple[float, float]]
 
 
-def train(name: str, seed: int, arguments: argparse.Namespace, places: Mapping[str, str]) -> tuple[Path, int]:
-    """A run of `--minutes`; the folder and the number of its steps."""
-    tried = arguments.out / f"{name}-{seed}-tried"
-    steps = steps_in(_pretrain(name, seed, tried, arguments.try_steps, arguments, places), arguments.minutes * 60)
-    return _pretrain(name, seed, arguments.out / f"{name}-{seed}", steps, arguments, places), steps
+def count_steps(names: Sequence[str], arguments: argparse.Namespace) -> dict[str, int]:
+    """How many steps of each method fit into the time; kept in `steps.json` for a later call."""
+    kept = arguments.out / "steps.json"
+    steps: dict[str, int] = json.loads(kept.read_text()) if kept.exists() else {}
+    for name in names:
+        if name not in steps:
+            tried = _pretrain(name, 0, arguments.out / f"{name}-tried", arguments.try_steps, arguments)
+            steps[name] = steps_in(tried, arguments.minutes * 60)
+            kept.write_text(json.dumps(steps))
+    return steps
 
 
 def steps_in(tried: Path, seconds: float) -> int:
@@ -70,21 +77,19 @@ def steps_in(tried: Path, seconds: float) -> int:
     from vlkit.training.metrics import read_metrics
 
     times = [line["seconds"] for line in read_metrics(tried / "metrics.jsonl")]
-    # The first step brings what is loaded on first use.
-    each = statistics.median(after - before for before, after in pairwise(times[1:]))
+    # The first step brings what is loaded on first use; the slow ones were interrupted.
+    each = statistics.quantiles([after - before for before, after in pairwise(times[1:])], n=4)[0]
     return max(10, int(seconds / each))
 
 
-def _pretrain(
-    name: str, seed: int, out: Path, steps: int, arguments: argparse.Namespace, places: Mapping[str, str]
-) -> Path:
+def _pretrain(name: str, seed: int, out: Path, steps: int, arguments: argparse.Namespace) -> Path:
     from vlkit.config import load_run
     from vlkit.training.pretrain import pretrain
 
     method = METHODS[name]
+    lit = prepare_lit(arguments.trained, seed, arguments.out) if name == "lit" else ""
     changes = [
-        override.replace("{teacher}", places["teacher"]).replace("{lit}", places["lit"])
-        for override in method.overrides
+        override.replace("{teacher}", f"run:{arguments.trained}").replace("{lit}", lit) for override in method.overrides
     ]
     common = [
         *(f"run.out={out}", f"run.seed={seed}", f"run.steps={steps}", f"data.train={arguments.train}"),
@@ -93,7 +98,7 @@ def _pretrain(
     run = load_run(method.base, [*common, *changes])
     # Without the dev split, which nothing here reads.
     run = run.model_copy(update={"data": run.data.model_copy(update={"val": None})})
-    return pretrain(run, say=lambda remark: None)
+    return pretrain(run, resume=(out / "checkpoints").exists(), say=lambda remark: None)
 
 
 def prepare_lit(trained: Path, seed: int, out: Path) -> str:
@@ -125,17 +130,21 @@ def evaluate(folder: Path, data: Path) -> tuple[Mapping[str, float], Mapping[str
     )
 
 
-def run_one(name: str, seed: int, arguments: argparse.Namespace) -> Result:
-    places = {"teacher": f"run:{arguments.trained}", "lit": ""}
-    if name == "lit":
-        places["lit"] = prepare_lit(arguments.trained, seed, arguments.out)
-    began = time.perf_counter()
-    folder, steps = train(name, seed, arguments, places)
+def run_one(name: str, seed: int, steps: int, arguments: argparse.Namespace) -> Result:
+    """Train and measure one model, or read what an earlier call measured."""
+    folder = arguments.out / f"{name}-{seed}"
+    kept = folder.with_suffix(".json")
+    if kept.exists():
+        return Result(**json.loads(kept.read_text()))
     from vlkit.training.metrics import read_metrics
 
+    began = time.perf_counter()
+    _pretrain(name, seed, folder, steps, arguments)
     last = list(read_metrics(folder / "metrics.jsonl"))[-1]
     logging.info("%s, seed %d: %.0f s in all", name, seed, time.perf_counter() - began)
-    return Result(name, seed, steps, last["epoch"], last["seconds"], *evaluate(folder, arguments.data))
+    result = Result(name, seed, steps, last["epoch"], last["seconds"], *evaluate(folder, arguments.data))
+    kept.write_text(json.dumps(result._asdict()))
+    return result
 
 
 def table(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -145,7 +154,7 @@ def table(results: Sequence[Result]) -> list[dict[str, Any]]:
         own = [result for result in results if result.method == name]
         plain = {result.seed: result for result in results if result.method == METHODS[name].beside}
         row: dict[str, Any] = {"method": name, "beside": METHODS[name].beside, "seeds": len(own)}
-        row["seconds"] = statistics.mean(result.seconds for result in own)
+        row["steps"] = own[0].steps
         row["epochs"] = statistics.mean(result.epochs for result in own)
         for direction in DIRECTIONS:
             key = direction.split("/")[0]
@@ -158,7 +167,7 @@ def table(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    print(f"{'method':<10} {'seconds':>8} {'epochs':>7}   {'image to text R@10':<34} {'text to image R@10':<34}")
+    print(f"{'method':<10} {'steps':>8} {'epochs':>7}   {'image to text R@10':<34} {'text to image R@10':<34}")
     for row in rows:
         cells = []
         for key in ("image_to_text", "text_to_image"):
@@ -166,7 +175,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
             gap = row[f"{key}_gap"]
             beside = "" if gap is None or row["method"] == row["beside"] else f" {gap:+.3f} beside {row['beside']}"
             cells.append(f"{row[key]:.3f} [{low:.3f}, {high:.3f}]{beside}")
-        print(f"{row['method']:<10} {row['seconds']:>8.0f} {row['epochs']:>7.1f}   {cells[0]:<34} {cells[1]:<34}")
+        print(f"{row['method']:<10} {row['steps']:>8} {row['epochs']:>7.1f}   {cells[0]:<34} {cells[1]:<34}")
 
 
 def main() -> None:
@@ -174,19 +183,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder of Flickr8k")
     parser.add_argument("--train", type=Path, required=True, help="its training shards")
     parser.add_argument("--trained", type=Path, help="a run of flickr8k_small, for teacher and lit")
-    parser.add_argument("--out", type=Path, required=True, help="where the runs go; a fresh folder")
+    parser.add_argument("--out", type=Path, required=True, help="where the runs go, and where a later call goes on")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--try-steps", type=int, default=8)
+    parser.add_argument("--try-steps", type=int, default=24)
     parser.add_argument("--json", action="store_true", help="one object a line: each run, then each row of the table")
     arguments = parser.parse_args()
     names = [name for name in arguments.methods.split(",") if arguments.trained or not METHODS[name].needs_trained]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    steps = count_steps(names, arguments)
     results = []
     for seed in (int(number) for number in arguments.seeds.split(",")):
         for name in names:
-            results.append(run_one(name, seed, arguments))
+            results.append(run_one(name, seed, steps[name], arguments))
             if arguments.json:
                 print(json.dumps(results[-1]._asdict()), flush=True)
     rows = table(results)
