@@ -21,7 +21,7 @@ help:
 	@echo 'make check      ruff and mypy'
 	@echo 'make slow       the tests that take long, and those that need a GPU'
 	@echo 'make s3         the tests of remote shards against your server: make s3 ENDPOINT=https://...'
-	@echo 'make bench      the benchmarks (ARGS=--json: one object a line)'
+	@echo 'make bench      the benchmarks that need no data (BENCH=recall ARGS=--json: one of them, one object a line)'
 	@echo 'make notebooks  writes notebooks/*.ipynb from their .py sources'
 	@echo 'make readme     writes the README'"'"'s table of methods'
 	@echo 'make encoder    trains the encoder of tests/data/encoder, or finds it in the cache ($$VLKIT_DATA; 45 minutes)'
@@ -66,9 +66,12 @@ s3: env
 	@test -n "$(ENDPOINT)" || { echo "make s3 ENDPOINT=https://... (or http://127.0.0.1:9000)" >&2; exit 1; }
 	VLKIT_S3_ENDPOINT="$(ENDPOINT)" $(PYTEST) -m 'slow or not slow' tests/data/test_remote_s3.py $(ARGS)
 
+# Those that need no data; the others in tests/benchmarks say with --help what they want.
+BENCH ?= contrastive_loss loader patch_alignment prompt_steps recall train_step
+
 bench: env
-	@for script in tests/benchmarks/*.py; do \
-	    if [ -e "$$script" ]; then echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; fi; \
+	@for name in $(BENCH); do \
+	    echo "== $$name"; $(BIN)/python "tests/benchmarks/$$name.py" $(ARGS) || exit 1; \
 	done
 
 notebooks: env

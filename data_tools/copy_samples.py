@@ -13,7 +13,7 @@ import json
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +35,7 @@ from vlkit.engine import map_parts
 from vlkit.errors import ConfigError, DataError
 
 # Files beside shards that speak of all of them.
-_BESIDE = ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt")
+BESIDE = ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt")
 _COUNTS = ("num_samples", "num_captions", "num_labelled", "num_reencoded", "image_bytes")
 
 
@@ -58,6 +58,10 @@ class Chosen(NamedTuple):
     digest: str  # of its index, so that the rows are those that were chosen
     rows: NDArray[np.int64]  # ascending
     key_hashes: NDArray[np.uint64]  # (rows,)
+
+
+# Columns of an old shard and a row there -> suffix and content of further files of that sample.
+More = Callable[[Columns, int], Mapping[str, bytes]]
 
 
 class _Run(NamedTuple):
@@ -114,7 +118,8 @@ def copy_chosen(
 
     Raises:
         ConfigError: samples_per_shard out of range, or `out` holds the shards themselves.
-        DataError: nothing to copy, another build in the folder, a shard that changed, or no space left.
+        DataError: nothing to copy, another build in the folder, a shard that changed, features of two teachers, or no
+            space left.
     """
     if not 1 <= samples_per_shard <= 1_000_000:
         raise ConfigError(f"samples_per_shard = {samples_per_shard}: expected 1 to 1000000.")
@@ -127,9 +132,10 @@ def copy_chosen(
     with hold_folder(out):
         try:
             settle_plan(out, _plan(chosen, samples_per_shard, total, len(parts)))
-            for name in _BESIDE:
+            for name in BESIDE:
                 if (chosen[0].tar.parent / name).is_file():
                     shutil.copyfile(chosen[0].tar.parent / name, out / name)
+            _copy_teacher(chosen, out)
             stats, kept = _write_parts(parts, total, workers, progress)
         except OSError as error:
             raise write_error(error, out) from error
@@ -137,21 +143,59 @@ def copy_chosen(
     return CopyReport(out, len(parts), kept, total, renamed, sum(shard["tar_bytes"] for shard in stats))
 
 
+def _copy_teacher(chosen: Sequence[Chosen], out: Path) -> None:
+    """The record of the one teacher whose features the samples bring along, where there is one."""
+    from vlkit.training.stored_teacher import TEACHER_FILE, teacher_of_folders
+
+    folders = list(dict.fromkeys(part.tar.parent for part in chosen if len(part.rows)))
+    if any((folder / TEACHER_FILE).is_file() for folder in folders):
+        record = teacher_of_folders(folders)
+        assert record is not None
+        record.write(out)
+
+
 def key_hashes(shard: ShardIndex) -> NDArray[np.uint64]:
     """(S,) 64-bit hashes of the keys of a shard."""
     return np.array([hash64(shard.key(row).encode("utf-8", "replace")) for row in range(len(shard))], np.uint64)
 
 
-def _plan(chosen: Sequence[Chosen], samples_per_shard: int, total: int, num_shards: int) -> dict[str, Any]:
+def copy_shard(shard: ShardIndex, folder: Path, more: More) -> dict[str, Any]:
+    """Copy all samples of one shard into a shard of the same name, with further files; those of a name are replaced.
+
+    Returns:
+        The stats, which are written last.
+
+    Raises:
+        DataError: the shard changed, or no space left.
+    """
+    rows = np.arange(len(shard))
+    return _write_part(_Part(shard.name, [_Run(str(shard.path), shard.digest, rows, rows < 0)], folder), more)
+
+
+def finished_copy(shard: ShardIndex, folder: Path) -> dict[str, Any] | None:
+    """The stats of a `copy_shard` that an earlier start finished; else None."""
+    return _finished(_Part(shard.name, [], folder))
+
+
+def source_hash(chosen: Sequence[Chosen]) -> str:
+    """Changes when other samples, or shards with other contents, are chosen."""
     hashed = hashlib.sha256()
     for part in chosen:
         hashed.update(f"{part.tar.name}\0{part.digest}\n".encode("utf-8", "backslashreplace"))
         hashed.update(np.ascontiguousarray(part.rows, "<i8").tobytes())
+    return hashed.hexdigest()[:32]
+
+
+def _nothing_more(columns: Columns, row: int) -> Mapping[str, bytes]:
+    return {}
+
+
+def _plan(chosen: Sequence[Chosen], samples_per_shard: int, total: int, num_shards: int) -> dict[str, Any]:
     return {
         "format": "vlkit shards 1",
         "num_shards": num_shards,
         "num_records": total,
-        "source": hashed.hexdigest()[:32],
+        "source": source_hash(chosen),
         "source_format": "copy",
         "samples_per_shard": samples_per_shard,
     }
@@ -202,12 +246,12 @@ def _finished(part: _Part) -> dict[str, Any] | None:
     return stats if whole else None
 
 
-def _write_part(part: _Part) -> dict[str, Any]:
+def _write_part(part: _Part, more: More = _nothing_more) -> dict[str, Any]:
     """Write one new shard, its index and last its stats; runs in a worker."""
     tar_path = part.folder / f"{part.name}.tar"
     try:
         with atomic_file(tar_path) as file:
-            counts, tokens = _copy_runs(part.runs, file)
+            counts, tokens = _copy_runs(part.runs, file, more)
         table = build_table(tar_path, tokens)
         if table.num_rows != counts["num_samples"]:
             problems = "; ".join(summary_of(table).problems.lines())
@@ -234,7 +278,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _copy_runs(runs: list[_Run], into: IO[bytes]) -> tuple[dict[str, int], TokenIds]:
+def _copy_runs(runs: list[_Run], into: IO[bytes], more: More) -> tuple[dict[str, int], TokenIds]:
     """Write the samples of all runs; returns counts, and the token ids of the tokenizers that all samples have."""
     counts = Counter[str]()
     tokens: list[dict[str, list[list[int]]]] = []
@@ -245,10 +289,12 @@ def _copy_runs(runs: list[_Run], into: IO[bytes]) -> tuple[dict[str, int], Token
             columns, stored = _columns(run.tar, run.digest)
             for row, renamed in zip(run.rows.tolist(), run.renamed.tolist(), strict=True):
                 key = _new_key(Path(run.tar), columns.key(row), renamed, taken)
+                added = more(columns, row)
                 for suffix, place in columns.members(row).items():
-                    member = tarfile.TarInfo(f"{key}.{suffix}")
-                    member.size, member.mode = place[1], 0o644
-                    tar.addfile(member, io.BytesIO(columns.read(*place)))
+                    if suffix not in added:
+                        _add(tar, f"{key}.{suffix}", columns.read(*place))
+                for suffix, content in added.items():
+                    _add(tar, f"{key}.{suffix}", content)
                 number, _ = read_texts(columns, row)
                 counts["num_samples"] += 1
                 counts["num_captions"] += number
@@ -257,6 +303,12 @@ def _copy_runs(runs: list[_Run], into: IO[bytes]) -> tuple[dict[str, int], Token
                 tokens.append({} if stored is None else _tokens(stored, row, number))
     names = set.intersection(*(set(sample) for sample in tokens))
     return {name: counts[name] for name in _COUNTS}, {name: [sample[name] for sample in tokens] for name in names}
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(content), 0o644
+    tar.addfile(member, io.BytesIO(content))
 
 
 def _new_key(tar: Path, key: bytes, renamed: bool, taken: Counter[str]) -> str:

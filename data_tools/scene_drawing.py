@@ -22,6 +22,7 @@ RGB = {
     "pink": (245, 130, 190),
 }
 
+
 def render(scene: Scene, rng: np.random.Generator, side: int = SIDE) -> Image.Image:
     """The scene as an RGB picture on a grey, slightly noisy ground; places vary within the relation."""
     big = side * _SCALE
@@ -63,8 +64,10 @@ def _places(
     places = []
     for index in range(group.count):
         low, high = index / group.count, (index + 1) / group.count
-        cell = (x0 + (x1 - x0) * low, y0, x0 + (x1 - x0) * high, y1) if wide else (
-            x0, y0 + (y1 - y0) * low, x1, y0 + (y1 - y0) * high
+        cell = (
+            (x0 + (x1 - x0) * low, y0, x0 + (x1 - x0) * high, y1)
+            if wide
+            else (x0, y0 + (y1 - y0) * low, x1, y0 + (y1 - y0) * high)
         )
         radius = (0.19 if group.size == "small" else 0.3) * float(rng.uniform(0.9, 1.1))
         # Two or three shapes share a box and are drawn smaller; small stays smaller than large.
@@ -122,9 +125,7 @@ def _draw_pattern(draw: ImageDraw.ImageDraw, texture: str, center: tuple[float, 
             draw.ellipse((cx - dot, cy - dot, cx + dot, cy + dot), fill=255)
 
 
-def _turned(
-    point: tuple[float, float], center: tuple[float, float], radius: float, tilt: float
-) -> tuple[float, float]:
+def _turned(point: tuple[float, float], center: tuple[float, float], radius: float, tilt: float) -> tuple[float, float]:
     cos, sin = math.cos(tilt), math.sin(tilt)
     x, y = point[0] * radius, point[1] * radius
     return center[0] + x * cos - y * sin, center[1] + x * sin + y * cos
@@ -132,9 +133,7 @@ def _turned(
 
 def _star() -> list[tuple[float, float]]:
     radii = (1.1, 0.45)
-    return [
-        (radii[i % 2] * math.sin(math.pi * i / 5), -radii[i % 2] * math.cos(math.pi * i / 5)) for i in range(10)
-    ]
+    return [(radii[i % 2] * math.sin(math.pi * i / 5), -radii[i % 2] * math.cos(math.pi * i / 5)) for i in range(10)]
 
 
 _OUTLINES = {
@@ -143,7 +142,17 @@ _OUTLINES = {
     "star": _star(),
     "diamond": [(0.0, -1.15), (0.7, 0.0), (0.0, 1.15), (-0.7, 0.0)],
     "cross": [
-        (-0.32, -1), (0.32, -1), (0.32, -0.32), (1, -0.32), (1, 0.32), (0.32, 0.32),
-        (0.32, 1), (-0.32, 1), (-0.32, 0.32), (-1, 0.32), (-1, -0.32), (-0.32, -0.32),
+        (-0.32, -1),
+        (0.32, -1),
+        (0.32, -0.32),
+        (1, -0.32),
+        (1, 0.32),
+        (0.32, 0.32),
+        (0.32, 1),
+        (-0.32, 1),
+        (-0.32, 0.32),
+        (-1, 0.32),
+        (-1, -0.32),
+        (-0.32, -0.32),
     ],
 }

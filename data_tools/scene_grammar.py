@@ -1,7 +1,7 @@
 """What a generated scene holds and how it is put into words: random scenes, and several captions of each.
 
-    scene = random_scene(np.random.default_rng(0))
-    captions(scene, np.random.default_rng(1))       # the first names everything, the others leave details out
+scene = random_scene(np.random.default_rng(0))
+captions(scene, np.random.default_rng(1))       # the first names everything, the others leave details out
 """
 
 from collections.abc import Sequence
@@ -34,9 +34,7 @@ class ColorShape(NamedTuple):
 HELD_OUT = tuple(
     ColorShape(color, SHAPES[(row + step) % len(SHAPES)]) for row, color in enumerate(COLORS) for step in (0, 3)
 )
-SEEN = tuple(
-    pair for color in COLORS for shape in SHAPES if (pair := ColorShape(color, shape)) not in HELD_OUT
-)
+SEEN = tuple(pair for color in COLORS for shape in SHAPES if (pair := ColorShape(color, shape)) not in HELD_OUT)
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def classification_bench(
         reference, drawn = labelled_reference(passes, records, classes, shots=shots, seed=seed)
         test = drawn.rest
         reference = replace(reference, images=_without(reference, test), labelled=None)
-        how = f"{shots} shots and min(shots, 4) validation images a class by seed {seed}; the rest tests"
+        how = f"{shots} shots and min(shots, 4) validation images a class by seed {seed}; the rest is tested on"
     if not test:
         raise DataError(f"With {shots} shots a class no image is left to test on. Lower --shots.")
     return Bench("classification", test, reference, tuple(class_names), templates, how), drawn

@@ -122,9 +122,11 @@ class CaptionJudgementEvaluator(Evaluator):
 
         Returns:
             Metrics `{set}/clip_score/tau_{b|c}` and `{set}/ref_clip_score/tau_{b|c}`; one row a rating in `per_item`.
+            Scores that are all equal, as those of an untrained model whose cosines are negative, have no tau: it is
+            left out, and the count `{set}_{score}_without_order` says so.
 
         Raises:
-            DataError: no rated image could be read.
+            DataError: no rated image could be read, or people gave all captions of a set the same rating.
             GalleryError: features that are not finite.
         """
         records = list({record.key: record for one in self.sets for record in one.records}.values())
@@ -148,7 +150,12 @@ class CaptionJudgementEvaluator(Evaluator):
             pairs = _score(rated, images.features, features, image_row, text_row)
             ratings = np.array([item.rating for item in rated])
             units = np.unique([image_row[item.key] for item in rated], return_inverse=True)[1]
+            if len(np.unique(ratings)) < 2:
+                raise DataError(f"All {len(rated)} ratings of set {one.name} are equal; there is no order to compare.")
             for name, scores in pairs.items():
+                if len(np.unique(scores)) < 2:
+                    counts[f"{one.name}_{name}_without_order"] = len(rated)
+                    continue
                 key = f"{one.name}/{name}/tau_{one.variant}"
                 metrics[key] = kendall_tau(scores, ratings, one.variant)
                 intervals[key] = _interval(scores, ratings, units, one.variant, self.seed)

@@ -24,7 +24,7 @@ from eval.metrics import (
     label_ranks,
     mean_per_class_recall,
 )
-from eval.with_addons import addons_record, as_source, passes_for, prepared, read_images, score_images
+from eval.with_addons import addons_record, as_source, passes_for, read_and_fit, score_images
 from vlkit.addons.class_weights.templates import DEFAULT_TEMPLATES, load_templates, templates_hash
 from vlkit.addons.classifier import ZeroShotClassifier, check_classes, parse_class
 from vlkit.addons.passes import Passes
@@ -193,8 +193,7 @@ class ClassificationEvaluator(Evaluator):
         model = as_source(source)
         classes = [parse_class(name) for name in self.class_names]
         passes = passes_for(self.passes, pipeline, model, self.batch_size, self.workers)
-        read = read_images(passes, records, pipeline)
-        fitted = prepared(pipeline, "classification", read, passes, self.reference, classes, templates)
+        read, fitted = read_and_fit(pipeline, "classification", records, passes, self.reference, classes, templates)
         labels = torch.tensor([record.label for record in read.embedded.records])
         scored = score_images(fitted, read.vectors, labels, classes, model, templates, self.progress)
         names = tuple(item.shown for item in classes)

@@ -22,8 +22,14 @@ from eval.metrics import paired_difference
 from eval.runner import suite_results
 from vlkit.errors import DataError
 
-# What may differ between two results that are compared: add-ons, and the softmax over a model's own scale.
-_FREE = {"probability", "addons", "pipeline", "needs"}
+# What may differ between two results that are compared: add-ons with what follows from them, what is done to masks
+# afterwards, and the softmax over a model's own scale.
+_FREE = {"probability", "addons", "pipeline", "needs", "transductive", "stream", "edits", "post_processing"}
+# Per-item columns that are a metric under another name.
+_ALIASES = {"hit": ("accuracy", "hits", "pointing_accuracy")}
+
+# Metrics are kept to 8 digits, some columns in float32.
+_TOLERANCE = 1e-6
 
 
 class Row(NamedTuple):
@@ -47,8 +53,9 @@ class Result:
 
     @property
     def title(self) -> str:
-        """Model and protocol."""
-        return f"{self.line['model']}, {_name(self.line)}"
+        """Model, protocol and add-ons."""
+        addons = self.line["protocol"].get("addons")
+        return f"{self.line['model']}, {_name(self.line)}" + (f", {_addon_names(addons)}" if addons else "")
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,9 @@ def compare_results(first: Result, second: Result, seed: int = 0) -> Comparison:
         Row(name, a.mean().item(), b.mean().item(), *paired_difference(a, b, units=units, seed=seed))
         for name, a, b, units in _values(first, second)
     ]
+    for row in rows:
+        for result, value in ((first, row.first), (second, row.second)):
+            _require_own_items(result, row.metric, value)
     if not rows:
         raise DataError(f"{first.title} has no value for each item that could be compared.")
     return Comparison(first.title, second.title, _name(first.line), tuple(rows))
@@ -174,7 +184,43 @@ def _values(first: Result, second: Result) -> list[tuple[str, Tensor, Tensor, Te
             size = classes.bincount()
             weight = len(classes) / (len(size) * size[classes].double())
             found.append(("mean_per_class_recall", pair[0] * weight, pair[1] * weight, None))
+    return found or _plain_means(first, second)
+
+
+def _plain_means(first: Result, second: Result) -> list[tuple[str, Tensor, Tensor, Tensor | None]]:
+    """Columns whose mean over the items is a metric: found by their name and by the mean."""
+    found: list[tuple[str, Tensor, Tensor, Tensor | None]] = []
+    for name in first.items.column_names:
+        if name not in second.items.column_names or not _numeric(first.items, name):
+            continue
+        a, b = _tensor(first.items, name), _tensor(second.items, name)
+        there = ~(a.isnan() | b.isnan())
+        for metric in (name, *_ALIASES.get(name, ()), f"mean_{name}", name.replace("hit", "accuracy")):
+            value = first.line["metrics"].get(metric)
+            if value is not None and there.any() and abs(a[there].mean().item() - value) < _TOLERANCE:
+                found.append((metric, a[there], b[there], None))
+                break
     return found
+
+
+def _require_own_items(result: Result, metric: str, value: float) -> None:
+    # A mean over folds is none over items: folds have as many images, but not as many captions.
+    stated = None if "folds" in result.line["protocol"] else result.line["metrics"].get(metric)
+    if stated is not None and abs(stated - value) > _TOLERANCE:
+        raise DataError(
+            f"{result.title}: {metric} is {stated:g}, but its table of items gives {value:g}: another evaluation was "
+            "written over it. Evaluate again with an own --per-item file for each result."
+        )
+
+
+def _addon_names(addons: Any) -> str:
+    rows = addons if isinstance(addons, list) else [addons]
+    return " + ".join(str(row.get("name", row)) if isinstance(row, dict) else str(row) for row in rows)
+
+
+def _numeric(table: pa.Table, name: str) -> bool:
+    kind = table.schema.field(name).type
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
 
 
 def _tensor(table: pa.Table, name: str) -> Tensor:
@@ -185,8 +231,8 @@ def _items(line: Mapping[str, Any], folder: Path) -> pa.Table:
     files = line.get("files")
     if not files:
         raise DataError(
-            f"The result of {line.get('model')} was written without its table of items; only those of "
-            "`vlkit eval suite` can be compared item by item."
+            f"The result of {line.get('model')} was written without its table of items, so it cannot be compared item "
+            "by item. Evaluate again with --per-item FILE.parquet, or with `vlkit eval suite`."
         )
     try:
         return pq.read_table(folder / files["per_item"])

@@ -1,6 +1,8 @@
 """GeneCIS: the same reference image asks for different targets under different conditions.
 
 ConditionalRetrievalEvaluator(read_genecis("genecis", images)).run(source).metrics["tasks/recall@1"]
+
+With a `Combiner` trained on triplets of captions, what it finds stands beside the mean of image and condition.
 """
 
 from collections import Counter
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eval.combiner import Combiner
 from eval.crops import Crop, embed_crops, genecis_cut
 from eval.features import IMAGES, EmbeddingSource, check_finite, parts_of
 from eval.metrics import bootstrap_interval
@@ -51,6 +54,7 @@ class ConditionalRetrievalEvaluator(Evaluator):
         workers: threads that decode; None is one per core.
         seed: of the bootstrap.
         progress: called with (done, total) over images and texts.
+        combiner: a trained head that makes queries too; of the same model.
     """
 
     data: ConditionalSet
@@ -58,6 +62,7 @@ class ConditionalRetrievalEvaluator(Evaluator):
     workers: int | None = None
     seed: int = 0
     progress: Progress | None = None
+    combiner: Combiner | None = None
 
     def __post_init__(self) -> None:
         """Check.
@@ -77,7 +82,8 @@ class ConditionalRetrievalEvaluator(Evaluator):
 
         Returns:
             Metrics `recall@K` of the mean of image and condition, the same behind `image_only/`, `text_only/` and each
-            task; `tasks/recall@1` is the mean over tasks, the benchmark's headline.
+            task; `tasks/recall@1` is the mean over tasks, the benchmark's headline. With a combiner all of it again
+            behind `combiner/`.
 
         Raises:
             DataError: no readable image.
@@ -105,16 +111,18 @@ class ConditionalRetrievalEvaluator(Evaluator):
         ranks = torch.tensor(
             [self._ranks(query, images.features, images.rows, text[text_row[query.condition]]) for query in kept]
         )
-        sides = ("", "image_only/", "text_only/")
+        sides = ("", "image_only/", "text_only/", *(["combiner/"] if self.combiner else []))
         columns = {f"{side}recall@{k}": (ranks[:, n] <= k).double() for n, side in enumerate(sides) for k in KS}
         values = torch.stack(list(columns.values()), 1)
         low, high = bootstrap_interval(values, seed=self.seed)
         metrics = {key: column.mean().item() for key, column in columns.items()}
         tasks = sorted({query.task for query in kept})
-        for task in tasks:
-            of_task = torch.tensor([query.task == task for query in kept])
-            metrics |= {f"{task}/recall@{k}": columns[f"recall@{k}"][of_task].mean().item() for k in KS}
-        metrics["tasks/recall@1"] = sum(metrics[f"{task}/recall@1"] for task in tasks) / len(tasks)
+        for side in ("", *sides[3:]):
+            for task in tasks:
+                of_task = torch.tensor([query.task == task for query in kept])
+                own = {f"{side}{task}/recall@{k}": columns[f"{side}recall@{k}"][of_task].mean().item() for k in KS}
+                metrics |= own
+            metrics[f"{side}tasks/recall@1"] = sum(metrics[f"{side}{task}/recall@1"] for task in tasks) / len(tasks)
         sizes = Counter(1 + len(query.distractors) for query in kept)
         return Evaluation(
             metrics=metrics,
@@ -145,15 +153,18 @@ class ConditionalRetrievalEvaluator(Evaluator):
                     "rank": ranks[:, 0].numpy(),
                     "rank_image_only": ranks[:, 1].numpy(),
                     "rank_text_only": ranks[:, 2].numpy(),
+                    **({"rank_combiner": ranks[:, 3].numpy()} if self.combiner else {}),
                 }
             ),
             figures={"unreadable_images": images.unreadable},
         )
 
     def _ranks(self, query: ConditionalQuery, features: Tensor, rows: dict[str, int], text: Tensor) -> list[int]:
-        """The target's place, from 1, by both, by the image, by the condition."""
+        """The target's place, from 1, by both, by the image, by the condition, by the combiner where there is one."""
         image = features[rows[query.reference.key]]
         gallery = features[[rows[crop.key] for crop in (query.target, *query.distractors)]]
         asked = torch.stack([F.normalize(image + text, dim=0), image, text])
+        if self.combiner is not None:
+            asked = torch.cat([asked, self.combiner.combine(image[None], text[None])])
         scores = asked @ gallery.T
         return [1 + int(before) for before in (scores[:, 1:] >= scores[:, :1] - TIE_TOLERANCE).sum(1)]

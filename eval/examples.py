@@ -19,6 +19,15 @@ class Found(NamedTuple):
     right: bool
 
 
+class HeatExample(NamedTuple):
+    """One image with what a method saw in it."""
+
+    record: Record
+    text: str  # what was looked for
+    values: tuple[tuple[float, ...], ...]  # a grid over the whole image, each within 0 and 1
+    note: str
+
+
 class RetrievalExample(NamedTuple):
     """One query with its first results."""
 

@@ -4,6 +4,7 @@ ExplanationEvaluator(scenes, method="legrad").run(source).metrics["mean_iou"]
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -12,14 +13,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.coco_instances import Scene, Scenes
-from eval.heat import HeatMaps, check_method
+from eval.examples import HeatExample
+from eval.features import Unreadable, over_items
+from eval.heat import HeatMaps, check_method, class_vectors, heat_example
 from eval.metrics import bootstrap_interval, label_average_precision, mean_iou
 from vlkit.contracts import Evaluation, Evaluator, Progress
 from vlkit.errors import DataError
 from vlkit.features.source import FeatureSource
+from vlkit.models.embedder import Embedder
 
 # Shares of the patches that are taken away or put back.
 STEPS = 10
+
+
+class _Row(NamedTuple):
+    """One photograph."""
+
+    key: str
+    category: int
+    values: tuple[float, float, float, float]  # pixel accuracy, average precision, deletion, insertion
+    confusion: Tensor  # (2,2) pixels by truth and map: rest and thing
+    example: HeatExample | None
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,7 @@ class ExplanationEvaluator(Evaluator):
         method: of `eval.heat`.
         templates: a set's name, a file or a text with `{}`.
         seed: of the bootstrap.
+        num_examples: photographs of which a report shows the map.
         progress: called with (done, total) photographs.
     """
 
@@ -38,6 +53,7 @@ class ExplanationEvaluator(Evaluator):
     method: str = "legrad"
     templates: str = "photo"
     seed: int = 0
+    num_examples: int = 0
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
@@ -69,37 +85,17 @@ class ExplanationEvaluator(Evaluator):
         Differs: at the model's resolution, the photograph squashed into its square; steps of a tenth of the patches;
         patches go to, and come from, the model's mean colour.
         """
-        heat = HeatMaps(source, self.scenes.names, self.templates, self.method)
-        confusion = torch.zeros(2, 2, dtype=torch.int64)
-        rows: list[tuple[str, int, float, float, float, float]] = []
-        unreadable: list[tuple[str, str]] = []
-        without = 0
-        for number, scene in enumerate(self.scenes.images):
-            try:
-                pixels = heat.pixels(scene.record)
-            except DataError as error:
-                unreadable.append((scene.record.key, str(error)))
-                continue
-            category, mask = largest_thing(scene, pixels.shape[1])
-            if not mask.any():
-                without += 1  # too thin for the model's pixels
-                continue
-            one = heat.maps(pixels, [category])[0]
-            found = F.interpolate(one[None, None].float(), mask.shape, mode="bilinear", align_corners=False)[0, 0]
-            given = (found > found.mean()).flatten()
-            confusion += (2 * mask.flatten().long() + given.long()).bincount(minlength=4).view(2, 2)
-            # On a scale of its own, since ties are told by an absolute difference.
-            level = (found - found.min()) / (found.max() - found.min()).clamp(min=1e-12)
-            precision = label_average_precision(level.flatten()[:, None], mask.flatten()[:, None]).mean()
-            gone, back = perturbed(pixels, one, heat.encoder.preprocess.mean)
-            curves = [self._curve(heat, images, category, source.logit_scale) for images in (gone, back)]
-            own = (mask.flatten() == given).double().mean().item()
-            rows.append((scene.record.key, category, own, precision, area(curves[0]), area(curves[1])))
-            if self.progress:
-                self.progress(number + 1, len(self.scenes.images))
+        vectors = class_vectors(source, self.scenes.names, self.templates)
+        work = _Explaining(vectors, self.method, source.logit_scale, self.scenes.names, self.num_examples)
+        found = over_items(source, work, list(enumerate(self.scenes.images)), self.progress)
+        rows = [one for one in found if isinstance(one, _Row)]
+        unreadable = tuple(one for one in found if isinstance(one, Unreadable))
+        examples = tuple(row.example for row in rows if row.example is not None)
+        without = sum(one is None for one in found)
         if not rows:
             raise DataError(f"None of the {len(self.scenes.images)} photographs could be read.")
-        values = torch.tensor([row[2:] for row in rows], dtype=torch.float64)
+        values = torch.tensor([row.values for row in rows], dtype=torch.float64)
+        confusion = torch.stack([row.confusion for row in rows]).sum(0)
         low, high = bootstrap_interval(values, seed=self.seed)
         keys = ("pixel_accuracy", "average_precision", "deletion", "insertion")
         return Evaluation(
@@ -122,20 +118,55 @@ class ExplanationEvaluator(Evaluator):
             },
             per_item=pa.table(
                 {
-                    "key": [row[0] for row in rows],
-                    "class": [self.scenes.names[row[1]] for row in rows],
+                    "key": [row.key for row in rows],
+                    "class": [self.scenes.names[row.category] for row in rows],
                     **{key: values[:, n].numpy() for n, key in enumerate(keys)},
                 }
             ),
-            figures={"unreadable_images": tuple(unreadable)},
+            figures={"unreadable_images": unreadable, "heat_maps": examples},
         )
 
+
+@dataclass(frozen=True)
+class _Explaining:
+    """What is done with one photograph; None where its thing is too thin for the model's pixels."""
+
+    vectors: Tensor
+    method: str
+    logit_scale: float
+    names: tuple[str, ...]
+    num_examples: int
+
+    def __call__(self, model: Embedder, item: tuple[int, Scene]) -> _Row | Unreadable | None:
+        number, scene = item
+        heat = HeatMaps(model.encoder, self.vectors, self.method)
+        try:
+            pixels = heat.pixels(scene.record)
+        except DataError as error:
+            return Unreadable(scene.record.key, str(error))
+        category, mask = largest_thing(scene, pixels.shape[1])
+        if not mask.any():
+            return None
+        one = heat.maps(pixels, [category])[0]
+        found = F.interpolate(one[None, None].float(), mask.shape, mode="bilinear", align_corners=False)[0, 0]
+        given = (found > found.mean()).flatten()
+        confusion = (2 * mask.flatten().long() + given.long()).bincount(minlength=4).view(2, 2)
+        # On a scale of its own, since ties are told by an absolute difference.
+        level = (found - found.min()) / (found.max() - found.min()).clamp(min=1e-12)
+        precision = label_average_precision(level.flatten()[:, None], mask.flatten()[:, None]).mean()
+        gone, back = perturbed(pixels, one, heat.encoder.preprocess.mean)
+        lost, won = (area(self._curve(heat, images, category)) for images in (gone, back))
+        own = (mask.flatten() == given).double().mean().item()
+        note = f"{self.method}; average precision {precision:.0%}"
+        example = heat_example(scene.record, self.names[category], one, note) if number < self.num_examples else None
+        return _Row(scene.record.key, category, (own, precision, lost, won), confusion, example)
+
     @torch.no_grad()
-    def _curve(self, heat: HeatMaps, images: Tensor, category: int, scale: float) -> Tensor:
+    def _curve(self, heat: HeatMaps, images: Tensor, category: int) -> Tensor:
         """(STEPS+1,) probability of the category among all."""
         features = heat.encoder.encode_image(images.to(heat.encoder.device)).float()
         vectors = heat.vectors.to(features.device)
-        return (scale * features @ vectors.T).softmax(1)[:, category].cpu()
+        return (self.logit_scale * features @ vectors.T).softmax(1)[:, category].cpu()
 
 
 def largest_thing(scene: Scene, size: int) -> tuple[int, Tensor]:

@@ -1,13 +1,19 @@
 """What an evaluator asks of a model, and the check of what it gets."""
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
 from vlkit.contracts import Progress
 from vlkit.data.records import Record
 from vlkit.errors import DataError, GalleryError
+from vlkit.features.source import FeatureSource
+from vlkit.models.embedder import Embedder
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 # How the embedder reads images, for the record: it decides comparability (open_clip ignores EXIF).
 IMAGES = "decoded with EXIF rotation applied, then the model's own preprocessing"
@@ -59,6 +65,50 @@ class ClassifyingSource(EmbeddingSource, Protocol):
     @property
     def family(self) -> Literal["softmax", "sigmoid"]:
         """Over the classes, or each class on its own."""
+
+
+class SharingSource(FeatureSource):
+    """One behind which several processes hold the same model."""
+
+    @abstractmethod
+    def share(self, work: Callable[[Embedder, Item], Found], items: Sequence[Item]) -> list[Found]:
+        """`work(model, item)` for each item, each done by one of the processes; in the order of `items`.
+
+        Args:
+            work: picklable; it asks nothing of the source.
+            items: picklable.
+        """
+
+
+def over_items(
+    source: FeatureSource,
+    work: Callable[[Embedder, Item], Found],
+    items: Sequence[Item],
+    progress: Progress | None = None,
+) -> list[Found]:
+    """`work(model, item)` for each item, shared over processes where the source can: for what is no feature.
+
+    Args:
+        source: the model.
+        work: picklable; it asks nothing of the source.
+        items: photographs, for instance.
+        progress: called with (done, total) items.
+    """
+    if isinstance(source, SharingSource):
+        return source.share(work, items)
+    found = []
+    for number, item in enumerate(items, start=1):
+        found.append(work(source.embedder, item))
+        if progress:
+            progress(number, len(items))
+    return found
+
+
+class Unreadable(NamedTuple):
+    """A photograph that could not be read."""
+
+    key: str
+    reason: str
 
 
 class EmbeddedRecords(NamedTuple):

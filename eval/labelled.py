@@ -83,7 +83,10 @@ def divide(records: Sequence[Record], seed: int = 0) -> Parts:
 def draw_shots(labels: Tensor, shots: int, seed: int) -> tuple[Tensor, Tensor]:
     """Rows of `shots` items a class, and rows of up to min(shots, 4) further ones for validation.
 
-    A class with too few items gives what it has, training first.
+    A class with too few items gives what it has, training first: an evaluation should say how far few images bring,
+    and count a small class in. `vlkit.addons.few_shot.sample_few_shot` is for what is adapted and kept: it refuses
+    such a class, and draws otherwise, so that what was adapted before can be made again. The published numbers of
+    either depend on its draw, which is why there are two.
 
     Args:
         labels: (N,) int64.

@@ -46,6 +46,13 @@ METHODS: dict[str, MethodRow] = {
         "Chu et al. 2024, arXiv:2306.05272 (CPP)",
         "A folder without labels: what groups it falls into, how many, and what they show.",
     ),
+    "combiner": _row(
+        "combiner",
+        "references with a condition; other images with captions to mine triplets from",
+        "training a small head on the features of those images",
+        "Vaze et al. 2023, arXiv:2306.07969; Baldrati et al. 2022 (CLIP4Cir)",
+        "A query out of an image and words where their mean points to neither.",
+    ),
     "composed_retrieval": _row(
         "composed_retrieval",
         "queries of an image and words, and a gallery",
@@ -60,6 +67,13 @@ METHODS: dict[str, MethodRow] = {
         "Vaze et al. 2023, arXiv:2306.07969 (GeneCIS)",
         "Whether similarity follows the condition that is asked for.",
     ),
+    "doubly_right": _row(
+        "doubly_right",
+        "labelled images with the reason for their class as caption",
+        _NONE,
+        "Mao et al. 2023, arXiv:2212.06202",
+        "Whether the class is right for the right reason.",
+    ),
     "explanation": _row(
         "explanation",
         "photographs with masks, a CLIP ViT",
@@ -73,6 +87,13 @@ METHODS: dict[str, MethodRow] = {
         "a logistic regression for each number of shots and draw",
         "Zhou et al. 2022, arXiv:2109.01134",
         "How much a few labels are worth with plain features.",
+    ),
+    "folds": _row(
+        "folds",
+        "images with captions",
+        _NONE,
+        "Karpathy and Li 2015, arXiv:1412.2306",
+        "Retrieval within parts of equal size: COCO's 1k is the mean over five folds.",
     ),
     "grounding": _row(
         "grounding",
@@ -101,6 +122,13 @@ METHODS: dict[str, MethodRow] = {
         "one product of test and train features",
         "Wu et al. 2018, arXiv:1805.01978",
         "A look at the features without training anything.",
+    ),
+    "mask_refinement": _row(
+        "mask_refinement",
+        "photographs with masks of categories, patches in the joint space",
+        "steps x 16 passes over the scores of every pixel",
+        "Araslanov and Roth 2020, arXiv:2005.08104 (PAMR)",
+        "Segmentations whose edges should follow those of the photograph.",
     ),
     "mined_pairs": _row(
         "mined_pairs",

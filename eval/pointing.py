@@ -4,17 +4,39 @@ PointingEvaluator(scenes, method="legrad").run(source).metrics["pointing_accurac
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from eval.coco_instances import Box, Scenes
-from eval.heat import HeatMaps, check_method
+from eval.coco_instances import Box, Scene, Scenes
+from eval.examples import HeatExample
+from eval.features import Unreadable, over_items
+from eval.heat import HeatMaps, check_method, class_vectors, heat_example
 from eval.metrics import bootstrap_interval
 from vlkit.contracts import Evaluation, Evaluator, Progress
 from vlkit.errors import ConfigError, DataError
 from vlkit.features.source import FeatureSource
+from vlkit.models.embedder import Embedder
+
+
+class _Row(NamedTuple):
+    """One category of one photograph."""
+
+    key: str
+    category: int
+    x: float  # of the hottest point, in pixels of the photograph
+    y: float
+    hit: bool
+    covered: float  # share of the photograph that counts as a hit
+
+
+class _Pointed(NamedTuple):
+    """What came of one photograph."""
+
+    rows: list[_Row]
+    example: HeatExample | None
 
 
 @dataclass(frozen=True)
@@ -27,6 +49,7 @@ class PointingEvaluator(Evaluator):
         templates: a set's name, a file or a text with `{}`.
         tolerance: pixels of the photograph that a point may lie beside a box.
         seed: of the bootstrap.
+        num_examples: photographs of which a report shows the map of one category.
         progress: called with (done, total) photographs.
     """
 
@@ -35,6 +58,7 @@ class PointingEvaluator(Evaluator):
     templates: str = "photo"
     tolerance: float = 15.0
     seed: int = 0
+    num_examples: int = 0
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
@@ -66,35 +90,23 @@ class PointingEvaluator(Evaluator):
         (15 pixels of tolerance; a hit on any instance).
         Differs: boxes, not masks, for all photographs; the point is the middle of the hottest patch.
         """
-        heat = HeatMaps(source, self.scenes.names, self.templates, self.method)
-        rows: list[tuple[str, int, float, float, bool, float]] = []
-        unreadable: list[tuple[str, str]] = []
-        for number, scene in enumerate(self.scenes.images):
-            try:
-                pixels = heat.pixels(scene.record)
-            except DataError as error:
-                unreadable.append((scene.record.key, str(error)))
-                continue
-            shown = sorted({one.category for one in scene.instances})
-            for category, one in zip(shown, heat.maps(pixels, shown), strict=True):
-                x, y = highest_point(one, scene.height, scene.width)
-                boxes = [instance.box for instance in scene.instances if instance.category == category]
-                hit = any(box.holds(x, y, self.tolerance) for box in boxes)
-                covered = _covered(boxes, scene.height, scene.width, self.tolerance)
-                rows.append((scene.record.key, category, x, y, hit, covered))
-            if self.progress:
-                self.progress(number + 1, len(self.scenes.images))
+        vectors = class_vectors(source, self.scenes.names, self.templates)
+        work = _Pointing(vectors, self.method, self.tolerance, self.scenes.names, self.num_examples)
+        found = over_items(source, work, list(enumerate(self.scenes.images)), self.progress)
+        rows = [row for one in found if isinstance(one, _Pointed) for row in one.rows]
+        examples = tuple(one.example for one in found if isinstance(one, _Pointed) and one.example is not None)
+        unreadable = tuple(one for one in found if isinstance(one, Unreadable))
         if not rows:
             raise DataError(f"None of the {len(self.scenes.images)} photographs could be read.")
-        hits = torch.tensor([row[4] for row in rows], dtype=torch.float64)
-        categories = torch.tensor([row[1] for row in rows])
+        hits = torch.tensor([row.hit for row in rows], dtype=torch.float64)
+        categories = torch.tensor([row.category for row in rows])
         low, high = bootstrap_interval(hits[:, None], seed=self.seed)
         by_category = [hits[categories == one].mean() for one in categories.unique()]
         return Evaluation(
             metrics={
                 "pointing_accuracy": torch.stack(by_category).mean().item(),
                 "hits": hits.mean().item(),
-                "chance": sum(row[5] for row in rows) / len(rows),
+                "chance": sum(row.covered for row in rows) / len(rows),
             },
             intervals={"hits": (low[0].item(), high[0].item())},
             protocol={
@@ -106,22 +118,54 @@ class PointingEvaluator(Evaluator):
                 "interval": f"95%, percentile bootstrap, 1000 resamples of pairs, seed {self.seed}",
             },
             counts={
-                "images": len({row[0] for row in rows}),
+                "images": len({row.key for row in rows}),
                 "pairs": len(rows),
                 "classes": len(by_category),
                 "unreadable_images": len(unreadable),
             },
             per_item=pa.table(
                 {
-                    "key": [row[0] for row in rows],
-                    "class": [self.scenes.names[row[1]] for row in rows],
-                    "x": [row[2] for row in rows],
-                    "y": [row[3] for row in rows],
-                    "hit": [float(row[4]) for row in rows],
+                    "key": [row.key for row in rows],
+                    "class": [self.scenes.names[row.category] for row in rows],
+                    "x": [row.x for row in rows],
+                    "y": [row.y for row in rows],
+                    "hit": [float(row.hit) for row in rows],
                 }
             ),
-            figures={"unreadable_images": tuple(unreadable)},
+            figures={"unreadable_images": unreadable, "heat_maps": examples},
         )
+
+
+@dataclass(frozen=True)
+class _Pointing:
+    """What is done with one photograph: a row for each of its categories."""
+
+    vectors: Tensor
+    method: str
+    tolerance: float
+    names: tuple[str, ...]
+    num_examples: int
+
+    def __call__(self, model: Embedder, item: tuple[int, Scene]) -> _Pointed | Unreadable:
+        number, scene = item
+        heat = HeatMaps(model.encoder, self.vectors, self.method)
+        try:
+            pixels = heat.pixels(scene.record)
+        except DataError as error:
+            return Unreadable(scene.record.key, str(error))
+        rows = []
+        shown = sorted({one.category for one in scene.instances})
+        maps = heat.maps(pixels, shown)
+        for category, one in zip(shown, maps, strict=True):
+            x, y = highest_point(one, scene.height, scene.width)
+            boxes = [instance.box for instance in scene.instances if instance.category == category]
+            hit = any(box.holds(x, y, self.tolerance) for box in boxes)
+            covered = _covered(boxes, scene.height, scene.width, self.tolerance)
+            rows.append(_Row(scene.record.key, category, x, y, hit, covered))
+        if number >= self.num_examples:
+            return _Pointed(rows, None)
+        note = f"{self.method}; the hottest patch {'hits' if rows[0].hit else 'misses'}"
+        return _Pointed(rows, heat_example(scene.record, self.names[shown[0]], maps[0], note))
 
 
 def highest_point(heat: Tensor, height: int, width: int) -> tuple[float, float]:

@@ -6,6 +6,7 @@
 
 base-to-new: learn the first ceil(C/2) classes, test each half among its own classes. few-shot: learn and test all
 classes. transfer: learn the first data set, test every one (cross-dataset, or the same classes in other pictures).
+`eval/coop_sets.py` has these protocols over the data sets that papers report.
 """
 
 import hashlib
@@ -22,10 +23,10 @@ from torch import Tensor
 from eval.metrics import hit_probability
 from eval.results import append_result, read_results, run_facts
 from eval.with_addons import score_images
-from vlkit.addons.base import AddOn
+from vlkit.addons.base import AddOn, Need
 from vlkit.addons.class_names import ClassName, check_classes
 from vlkit.addons.exchange import ImageConditionedWeights
-from vlkit.addons.few_shot import sample_few_shot
+from vlkit.addons.few_shot import FewShotSplit, sample_few_shot
 from vlkit.addons.passes import Passes
 from vlkit.addons.pipeline import PLAIN, Pipeline
 from vlkit.addons.reference import Part, Reference
@@ -50,25 +51,30 @@ class PromptSet:
     Attributes:
         name: in tables.
         classes: (C,) in the order of label ids.
-        records: labelled images; splits train and test, or none at all.
+        records: labelled images; splits train and test, test alone where it is not learned, or none at all.
+        templates: of its zero-shot weights; None: the grid's.
+        distinct: refuse a name that stands for two classes.
     """
 
     name: str
     classes: tuple[ClassName, ...]
     records: tuple[Record, ...]
+    templates: str | None = None
+    distinct: bool = True
 
     def __post_init__(self) -> None:
         """Check.
 
         Raises:
-            DataError: fewer than two classes, images without a class, or one of train and test only.
+            DataError: fewer than two classes, images without a class, or splits without test.
         """
-        check_classes(self.classes, self.name)
+        if self.distinct:
+            check_classes(self.classes, self.name)
         labelled = [record for record in self.records if record.label is not None]
         splits = {record.split for record in labelled if record.split is not None}
         if len(self.classes) < 2 or not labelled:
             raise DataError(f"{self.name}: {len(self.classes)} classes, {len(labelled)} labelled images; 2 and more.")
-        if splits and not {"train", "test"} <= splits:
+        if splits and "test" not in splits:
             raise DataError(f"{self.name} has split {', '.join(sorted(splits))}; expected train and test, or none.")
 
 
@@ -155,6 +161,7 @@ class _Tested(NamedTuple):
     name: str  # base, new, all, or a data set's name
     classes: tuple[ClassName, ...]
     records: tuple[Record, ...]  # labels count from the first of the classes
+    templates: str
 
 
 class _Drawn(NamedTuple):
@@ -202,10 +209,14 @@ def cell_key(grid: Grid, cell: Cell, source: FeatureSource) -> str:
     """Sixteen hex digits, equal for cells whose results are the same."""
     used = grid.sets if grid.protocol == "transfer" else (cell.data,)
     images = [[one.name, [item.names for item in one.classes], [[r.key, r.label] for r in one.records]] for one in used]
-    what = [
+    what: list[Any] = [
         source.identity, grid.protocol, grid.templates, grid.max_seconds, cell.method, cell.shots, cell.seed, images,
         SET_ASIDE, VAL_SHOTS,
     ]  # fmt: skip
+    if any(one.templates for one in used):
+        what.append([one.templates for one in used])
+    if any(record.split for one in used for record in one.records):
+        what.append("as CoOp: all of a class that has too few, validation from its own split")
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
@@ -222,21 +233,29 @@ def measure(grid: Grid, cell: Cell, source: FeatureSource, passes: dict[bool, Pa
     read = passes.setdefault(pipeline.local, Passes(source, local=pipeline.local))
     drawn = draw(cell.data, cell.shots, cell.seed)
     learned, tests = _classes(grid, cell, drawn)
+    templates = cell.data.templates or grid.templates
+    wanted = {need for addon in pipeline.addons for need in addon.needs | addon.uses}
+
+    def part(need: Need, split: str, records: Sequence[Record]) -> Part | None:
+        """Read only for a method that looks at it: ImageNet's training images are many."""
+        chosen = _among(records, 0, len(learned))
+        return _part(read, split, chosen, need != "unlabelled_images") if need in wanted and chosen else None
+
     reference = Reference(
         class_names=learned,
-        few_shot=_part(read, "train", _among(drawn.train, 0, len(learned))),
-        images=_part(read, "train", _among(drawn.unlabelled, 0, len(learned)), labels=False),
-        val=_part(read, "val", _among(drawn.val, 0, len(learned))),
+        few_shot=part("few_shot_labels", "train", drawn.train),
+        images=part("unlabelled_images", "train", drawn.unlabelled),
+        val=part("val_labels", "val", drawn.val),
         seed=cell.seed,
         passes=read,
     )
-    began = time.perf_counter()
-    pipeline = pipeline.fit(reference, source, grid.templates) if pipeline.addons else PLAIN
-    seconds = time.perf_counter() - began
-    scored = {one.name: _test(pipeline, one, source, read, grid.templates) for one in tests}
+    began, worked = time.perf_counter(), time.process_time()
+    pipeline = pipeline.fit(reference, source, templates) if pipeline.addons else PLAIN
+    seconds, worked = time.perf_counter() - began, time.process_time() - worked
+    scored = {one.name: _test(pipeline, one, source, read) for one in tests}
     return {
         "protocol": {
-            "name": grid.protocol, "templates": grid.templates, "max_seconds": grid.max_seconds,
+            "name": grid.protocol, "templates": templates, "max_seconds": grid.max_seconds,
             "images": f"{cell.shots} of a class to learn, {VAL_SHOTS} to validate",
         },
         "method": cell.method, "data": cell.data.name, "shots": cell.shots, "seed": cell.seed,
@@ -245,6 +264,7 @@ def measure(grid: Grid, cell: Cell, source: FeatureSource, passes: dict[bool, Pa
         "keys": {one.name: [record.key for record in one.records] for one in tests},
         "cost": {
             "train_seconds": seconds,
+            "train_cpu_seconds": worked,
             "steps": sum(getattr(one, "steps", None) or 0 for one in pipeline.addons),
             "trained": sum(trained_numbers(one) for one in pipeline.addons),
             **_cost(scored, tests),
@@ -259,38 +279,60 @@ def trained_numbers(addon: AddOn) -> int:
 
 
 def draw(data: PromptSet, shots: int, seed: int) -> _Drawn:
-    """Images to learn from, to validate on and to test; where the data have splits, the test split tests.
+    """Images to learn from, to validate on and to test.
+
+    Where the data have splits, these say which images serve for what, and of a class with too few all are taken, as in
+    CoOp. Without, images are set aside for the test.
 
     Raises:
         DataError: a class with too few images.
     """
     labelled = [record for record in data.records if record.label is not None]
-    pool = [record for record in labelled if record.split in (None, "train")]
-    labels = torch.tensor([record.label for record in pool])
-    most = max(SET_ASIDE, shots) if all(record.split is None for record in pool) else shots
     names = [item.shown for item in data.classes]
-    wide = sample_few_shot(labels, len(names), most, seed, VAL_SHOTS, names)
-    few = sample_few_shot(labels, len(names), shots, seed, VAL_SHOTS, names)
-    test = [record for record in labelled if record.split == "test"] or [pool[row] for row in wide.rest]
-    if not test:
+    by_split = {split: [record for record in labelled if record.split == split] for split in ("train", "val", "test")}
+    if by_split["test"]:
+        pool, held_out = by_split["train"], by_split["val"]
+        few = _sampled(pool, names, shots, seed, 0 if held_out else VAL_SHOTS, fewer=True)
+        val = _sampled(held_out, names, VAL_SHOTS, seed, 0, fewer=True).train if held_out else few.val
+        kept = [row for row in range(len(pool)) if held_out or row not in set(few.val)]
+        return _Drawn(
+            tuple(pool[row] for row in few.train),
+            tuple((held_out or pool)[row] for row in val),
+            tuple(by_split["test"]),
+            tuple(pool[row] for row in kept),
+        )
+    wide = _sampled(labelled, names, max(SET_ASIDE, shots), seed, VAL_SHOTS)
+    few = _sampled(labelled, names, shots, seed, VAL_SHOTS)
+    if not wide.rest:
+        most = max(SET_ASIDE, shots)
         raise DataError(f"{data.name}: no image is left to test on beside {most} + {VAL_SHOTS} of each class.")
-    set_apart = {*few.val, *(() if any(record.split == "test" for record in labelled) else wide.rest)}
-    unlabelled = tuple(record for row, record in enumerate(pool) if row not in set_apart)
-    return _Drawn(tuple(pool[row] for row in few.train), tuple(pool[row] for row in few.val), tuple(test), unlabelled)
+    kept = [row for row in range(len(labelled)) if row not in {*few.val, *wide.rest}]
+    return _Drawn(*(tuple(labelled[row] for row in rows) for rows in (few.train, few.val, wide.rest, kept)))
+
+
+def _sampled(
+    records: Sequence[Record], names: Sequence[str], shots: int, seed: int, val_shots: int, fewer: bool = False
+) -> FewShotSplit:
+    labels = torch.tensor([record.label for record in records], dtype=torch.int64)
+    return sample_few_shot(labels, len(names), shots, seed, val_shots, names, fewer=fewer)
 
 
 def _classes(grid: Grid, cell: Cell, drawn: _Drawn) -> tuple[tuple[ClassName, ...], list[_Tested]]:
     """The classes that are learned, and the tests."""
-    classes = cell.data.classes
+    classes, templates = cell.data.classes, cell.data.templates or grid.templates
     if grid.protocol == "base-to-new":
         half = (len(classes) + 1) // 2
-        base = _Tested("base", classes[:half], _among(drawn.test, 0, half))
-        return classes[:half], [base, _Tested("new", classes[half:], _among(drawn.test, half, len(classes)))]
+        base = _Tested("base", classes[:half], _among(drawn.test, 0, half), templates)
+        new = _Tested("new", classes[half:], _among(drawn.test, half, len(classes)), templates)
+        return classes[:half], [base, new]
     if grid.protocol == "few-shot":
-        return classes, [_Tested("all", classes, drawn.test)]
-    others = [(one, draw(one, 1, cell.seed).test) for one in grid.sets[1:]]
-    tests = [_Tested(cell.data.name, classes, drawn.test)]
-    return classes, tests + [_Tested(one.name, one.classes, test) for one, test in others]
+        return classes, [_Tested("all", classes, drawn.test, templates)]
+    tests = [_Tested(cell.data.name, classes, drawn.test, templates)]
+    for one in grid.sets[1:]:
+        given = tuple(record for record in one.records if record.label is not None and record.split == "test")
+        images = given or draw(one, 1, cell.seed).test
+        tests.append(_Tested(one.name, one.classes, images, one.templates or grid.templates))
+    return classes, tests
 
 
 def _among(records: Sequence[Record], first: int, end: int) -> tuple[Record, ...]:
@@ -319,7 +361,7 @@ class _Scored(NamedTuple):
     per_image: bool
 
 
-def _test(pipeline: Pipeline, test: _Tested, source: FeatureSource, passes: Passes, templates: str) -> "_Scored | None":
+def _test(pipeline: Pipeline, test: _Tested, source: FeatureSource, passes: Passes) -> "_Scored | None":
     """None where the method holds for the learned classes alone."""
     names = tuple(item.shown for item in test.classes)
     if any(not one.any_classes and one.fitted and one.fitted.class_names != names for one in pipeline.addons):
@@ -327,10 +369,10 @@ def _test(pipeline: Pipeline, test: _Tested, source: FeatureSource, passes: Pass
     vectors, records = _read(passes, test.records, pipeline)
     labels = torch.tensor([record.label for record in records])
     began = time.perf_counter()
-    weights = pipeline.class_weights(test.classes, source, templates)
+    weights = pipeline.class_weights(test.classes, source, test.templates)
     text = time.perf_counter() - began
     began = time.perf_counter()
-    scored = score_images(pipeline, vectors, labels, test.classes, source, templates)
+    scored = score_images(pipeline, vectors, labels, test.classes, source, test.templates)
     image = max(time.perf_counter() - began - text, 0.0)
     hits: Tensor = hit_probability(scored.ranks, 1)
     per_image = any(isinstance(one, ImageConditionedWeights) for one in weights)

@@ -13,13 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import torch
-
 from eval.classification import ClassificationEvaluator
 from eval.features import ClassifyingSource
-from eval.metrics import bootstrap_interval
+from eval.folds import FoldedRetrieval
+from eval.multi_label import MultiLabelEvaluator
 from eval.protocols import FROM_DATA, Protocol
 from eval.retrieval import RetrievalEvaluator
 from vlkit.contracts import Evaluation, Progress
@@ -28,6 +25,8 @@ from vlkit.data.sources import read_source
 from vlkit.errors import ConfigError, DataError
 from vlkit.models.zero_shot_text import imagenet_class_names
 
+ProtocolEvaluator = FoldedRetrieval | ClassificationEvaluator | MultiLabelEvaluator
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -35,23 +34,19 @@ class Prepared:
 
     Attributes:
         protocol: what fixes the choices.
-        evaluators: one, or one for each fold.
+        evaluator: with its records.
         source: the data.
         data_hash: of the items, captions and labels that enter.
     """
 
     protocol: Protocol
-    evaluators: Sequence[RetrievalEvaluator | ClassificationEvaluator]
+    evaluator: ProtocolEvaluator
     source: Source
     data_hash: str
 
     def run(self, source: ClassifyingSource, progress: Progress | None = None) -> Evaluation:
-        """Evaluate; with folds, metrics are means over them and intervals are over all queries together."""
-        parts = []
-        for number, evaluator in enumerate(self.evaluators):
-            report = _shifted(progress, number, len(self.evaluators))
-            parts.append(replace(evaluator, progress=report).run(source))
-        return parts[0] if len(parts) == 1 else _joined(parts, self.evaluators[0].seed)
+        """Evaluate."""
+        return replace(self.evaluator, progress=progress).run(source)
 
 
 def prepare(
@@ -86,10 +81,8 @@ def prepare(
             "it; evaluate with `vlkit eval retrieval` or `classification`, or name the right folder."
         )
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "num_examples": num_examples}
-    build = _TASKS[protocol.task]
-    evaluators = build(protocol, source, options)
-    records = [record for evaluator in evaluators for record in evaluator.records]
-    return Prepared(protocol, evaluators, source, _data_hash(records))
+    evaluator = _TASKS[protocol.task](protocol, source, options)
+    return Prepared(protocol, evaluator, source, _data_hash(evaluator.records))
 
 
 def find_data(protocol: Protocol, root: str | Path) -> Path:
@@ -123,44 +116,55 @@ def wds_protocols(root: str | Path) -> dict[str, tuple[Protocol, Path]]:
             f"No data set in CLIP_benchmark's wds layout below {root}; expected {root}/NAME/test/0.tar with "
             "classnames.txt, zeroshot_classification_templates.txt or dataset_type.txt beside test/."
         )
-    return {folder.name: (_of_wds(folder), folder) for folder in folders}
+    return {folder.name: (wds_protocol(folder), folder) for folder in folders}
 
 
-def _of_wds(folder: Path) -> Protocol:
+def wds_protocol(data: str | Path) -> Protocol:
+    """The protocol of one data set in CLIP_benchmark's `wds` layout: its kind, names and templates are its own.
+
+    Raises:
+        DataError: another kind of data than can be evaluated.
+    """
+    folder = Path(data)
     kind_file = folder / "dataset_type.txt"
     kind = kind_file.read_text(encoding="utf-8").strip() if kind_file.is_file() else "classification"
     name, title = f"wds/{folder.name}", f"CLIP_benchmark's {folder.name}, test part"
     if kind == "retrieval":
         return Protocol(name, title, "retrieval", (folder.name,), "mean_recall@1", "test", "webdataset")
+    own: dict[str, Any] = {"templates": FROM_DATA, "class_names": "from the data"}
+    if kind == "multilabel":
+        metric = "mean_average_precision"
+        return Protocol(name, title, "multi-label", (folder.name,), metric, "test", "webdataset", **own)
     if kind != "classification":
-        raise DataError(f"{kind_file} says {kind!r}; a suite evaluates classification and retrieval.")
-    return Protocol(
-        name, title, "classification", (folder.name,), "accuracy@1", "test", "webdataset",
-        templates=FROM_DATA, class_names="from the data",
-    )  # fmt: skip
+        raise DataError(f"{kind_file} says {kind!r}; expected classification, multilabel or retrieval.")
+    return Protocol(name, title, "classification", (folder.name,), "accuracy@1", "test", "webdataset", **own)
 
 
-def _retrievals(protocol: Protocol, source: Source, options: dict[str, Any]) -> list[RetrievalEvaluator]:
+def _retrieval(protocol: Protocol, source: Source, options: dict[str, Any]) -> FoldedRetrieval:
     records = [record for record in source.records if record.captions]
     if protocol.captions is not None:
         records = [replace(record, captions=record.captions[: protocol.captions]) for record in records]
-    if len(records) % protocol.folds:
-        raise DataError(f"{len(records)} images with captions cannot be cut into {protocol.folds} equal folds.")
-    size = len(records) // protocol.folds
-    return [
-        RetrievalEvaluator(records[start : start + size], **options)
-        for start in range(0, size * protocol.folds, max(size, 1))
-    ]
+    return FoldedRetrieval(RetrievalEvaluator(records, **options), protocol.folds)
 
 
-def _classifications(protocol: Protocol, source: Source, options: dict[str, Any]) -> list[ClassificationEvaluator]:
+def _classification(
+    protocol: Protocol, source: Source, options: dict[str, Any]
+) -> ClassificationEvaluator | MultiLabelEvaluator:
     kept = [name for name in source.class_names if name not in protocol.excluded]
     if protocol.num_classes is not None and len(kept) != protocol.num_classes:
         raise DataError(
             f"{source.root} has {len(kept)} classes (first: {', '.join(kept[:3]) or 'none'}); protocol {protocol.name} "
             f"has {protocol.num_classes}."
         )
-    names = _class_names(protocol, kept)
+    if not protocol.prompts() and not source.templates:
+        raise ConfigError(
+            f"{source.root} brings no zeroshot_classification_templates.txt, which {protocol.name} needs."
+        )
+    names, templates = _class_names(protocol, kept), protocol.prompts() or source.templates
+    naming = str(protocol.settings("", "")["class_names"])
+    if protocol.task == "multi-label":
+        del options["num_examples"]
+        return MultiLabelEvaluator(source.records, names, templates, naming, **options)
     middle = -(-len(kept) // 2)  # CoOp: the first half, rounded up, is base
     half = {None: slice(None), "base": slice(middle), "new": slice(middle, None)}[protocol.half]
     position = {source.class_names.index(folder): place for place, folder in enumerate(kept[half])}
@@ -169,16 +173,8 @@ def _classifications(protocol: Protocol, source: Source, options: dict[str, Any]
         for record in source.records
         if record.label is not None and record.label in position
     ]
-    if not protocol.prompts() and not source.templates:
-        raise ConfigError(
-            f"{source.root} brings no zeroshot_classification_templates.txt, which {protocol.name} needs."
-        )
-    templates = protocol.prompts() or source.templates
-    naming = str(protocol.settings("", "")["class_names"])
     distinct = protocol.class_names != "imagenet"  # two pairs of its classes share a name
-    return [
-        ClassificationEvaluator(records, names[half], templates=templates, naming=naming, distinct=distinct, **options)
-    ]
+    return ClassificationEvaluator(records, names[half], templates, naming, distinct=distinct, **options)
 
 
 def _class_names(protocol: Protocol, folders: Sequence[str]) -> tuple[str, ...]:
@@ -189,46 +185,16 @@ def _class_names(protocol: Protocol, folders: Sequence[str]) -> tuple[str, ...]:
     return tuple(renamed.get(name, name if as_given else name.replace("_", " ")) for name in folders)
 
 
-_TASKS: dict[str, Callable[[Protocol, Source, dict[str, Any]], Sequence[Any]]] = {
-    "retrieval": _retrievals,
-    "classification": _classifications,
+_TASKS: dict[str, Callable[[Protocol, Source, dict[str, Any]], ProtocolEvaluator]] = {
+    "retrieval": _retrieval,
+    "classification": _classification,
+    "multi-label": _classification,
 }
-
-
-def _joined(parts: Sequence[Evaluation], seed: int) -> Evaluation:
-    """The mean over folds of retrieval."""
-    keys = list(parts[0].metrics)
-    table = pa.concat_tables([part.per_item for part in parts if part.per_item is not None])
-    intervals: dict[str, tuple[float, float]] = {}
-    for direction in ("image_to_text", "text_to_image"):
-        rows = table.filter(pc.equal(table["direction"], direction))
-        units = torch.from_numpy(pc.dictionary_encode(rows["key"]).combine_chunks().indices.to_numpy().copy())
-        for column in (name for name in rows.column_names if name.startswith("hit@")):
-            low, high = bootstrap_interval(torch.from_numpy(rows[column].to_numpy().copy()), units=units, seed=seed)
-            intervals[f"{direction}/recall@{column[4:]}"] = (low.item(), high.item())
-    figures = {
-        "examples": parts[0].figures["examples"],
-        "unreadable_images": tuple(one for part in parts for one in part.figures["unreadable_images"]),
-    }
-    return Evaluation(
-        metrics={key: sum(part.metrics[key] for part in parts) / len(parts) for key in keys},
-        intervals=intervals,
-        protocol={**parts[0].protocol, "folds": f"mean over {len(parts)}; intervals over all their queries"},
-        counts={key: sum(part.counts[key] for part in parts) for key in parts[0].counts},
-        per_item=table,
-        figures=figures,
-    )
 
 
 def _data_hash(records: Sequence[Record]) -> str:
     found = hashlib.sha256()
     for record in records:
-        found.update(repr((record.key, record.captions, record.label)).encode("utf-8", "backslashreplace"))
+        several = () if record.labels is None else (record.labels,)
+        found.update(repr((record.key, record.captions, record.label, *several)).encode("utf-8", "backslashreplace"))
     return found.hexdigest()[:12]
-
-
-def _shifted(progress: Progress | None, part: int, parts: int) -> Progress | None:
-    if progress is None:
-        return None
-    report = progress
-    return lambda done, total: report(part * total + done, parts * total)

@@ -81,7 +81,7 @@ class Protocol:
 
     name: str
     title: str
-    task: Literal["retrieval", "classification"]
+    task: Literal["retrieval", "classification", "multi-label"]
     folders: tuple[str, ...]
     metric: str
     split: str | None = None

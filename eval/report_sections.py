@@ -1,16 +1,21 @@
 """The sections that show one evaluation: numbers, what was left out, the confusion matrix, examples."""
 
+import math
 from collections.abc import Sequence
 
+import pyarrow as pa
+
 from eval.classification import ClassifiedExample
-from eval.examples import Found, RetrievalExample
-from eval.report import Card, Gallery, Matrix, Query, Section, Table
+from eval.examples import Found, HeatExample, RetrievalExample
+from eval.report import Card, Gallery, HeatMap, HeatMaps, Matrix, Query, Section, Table
 from vlkit.contracts import Evaluation
 from vlkit.data.thumbnail import thumbnail
 from vlkit.errors import DataError
 from vlkit.escape import one_line
 
 MAX_LISTED = 50
+# Columns of a table with a row a class that say how well it was found.
+_OF_CLASSES = ("iou", "average_precision")
 
 
 def evaluation_sections(evaluation: Evaluation) -> list[Section]:
@@ -21,6 +26,10 @@ def evaluation_sections(evaluation: Evaluation) -> list[Section]:
         names = figures["class_names"]
         sections.append(classes_section(evaluation))
         sections.append(Matrix("Confusion matrix", names, figures["confusion_matrix"]))
+    elif evaluation.per_item is not None:
+        sections += worst_section(evaluation.per_item)
+    if figures.get("heat_maps"):
+        sections.append(heat_section(figures["heat_maps"]))
     examples = figures.get("examples", ())
     retrieved = [example for example in examples if isinstance(example, RetrievalExample)]
     classified = [example for example in examples if isinstance(example, ClassifiedExample)]
@@ -57,6 +66,29 @@ def classes_section(evaluation: Evaluation, count: int = 20) -> Table:
     empty = sum(not size for size in sizes)
     note = f"{empty} classes have no image and no recall." if empty else ""
     return Table(f"The {len(shown)} classes with the lowest recall", ["class", "recall", "images"], shown, note)
+
+
+def worst_section(table: pa.Table, count: int = 20) -> list[Section]:
+    """The classes with the lowest value, of tables with a row a class; nothing for others."""
+    names = table.column_names
+    found = next((one for one in _OF_CLASSES if one in names), None)
+    if "class" not in names or "key" in names or found is None:
+        return []
+    sizes = next((one for one in ("pixels", "images") if one in names), None)
+    rows = [row for row in table.to_pylist() if row[found] is not None and math.isfinite(row[found])]
+    rows.sort(key=lambda row: row[found])
+    columns = ["class", found.replace("_", " "), *([sizes] if sizes else [])]
+    shown = [(one_line(r["class"]), f"{r[found]:.0%}", *([r[sizes]] if sizes else [])) for r in rows[:count]]
+    absent = table.num_rows - len(rows)
+    note = f"{absent} classes are nowhere and have no value." if absent else ""
+    return [Table(f"The {len(shown)} classes with the lowest {columns[1]}", columns, shown, note)]
+
+
+def heat_section(examples: Sequence[HeatExample]) -> HeatMaps:
+    """Photographs under what a method saw in them."""
+    pictured = [(one, _thumbnail(one)) for one in examples]
+    maps = [HeatMap(url, one.values, one_line(one.text), one_line(one.note)) for one, url in pictured if url]
+    return HeatMaps("Where the class was seen", maps, "The redder, the higher the value of that part.")
 
 
 def retrieval_sections(examples: Sequence[RetrievalExample]) -> list[Section]:
@@ -98,7 +130,7 @@ def _answer(found: Found) -> Card:
     return Card(image=_thumbnail(found), note=score, right=found.right)
 
 
-def _thumbnail(item: RetrievalExample | ClassifiedExample | Found) -> str | None:
+def _thumbnail(item: RetrievalExample | ClassifiedExample | HeatExample | Found) -> str | None:
     try:
         return thumbnail(item.record.image, where=item.record.key)
     except DataError:  # it was readable when it was evaluated; a picture less is no reason to lose the report

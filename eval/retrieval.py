@@ -17,8 +17,16 @@ from torch import Tensor
 
 from eval.examples import RetrievalExample, choose_examples
 from eval.features import IMAGES, EmbeddedRecords, EmbeddingSource, check_finite, embed_records, parts_of
-from eval.metrics import RetrievalRanks, bootstrap_interval, expected_rank, hit_probability, retrieval_ranks
-from eval.with_addons import addons_record, as_source, passes_for, prepared, ranks_of, read_images
+from eval.metrics import (
+    RetrievalRanks,
+    SameLabel,
+    bootstrap_interval,
+    expected_rank,
+    hit_probability,
+    positive_positions,
+    retrieval_ranks,
+)
+from eval.with_addons import addons_record, as_source, passes_for, ranks_of, read_and_fit
 from vlkit.addons.class_weights.templates import templates_hash
 from vlkit.addons.exchange import Vectors
 from vlkit.addons.passes import Passes
@@ -26,7 +34,7 @@ from vlkit.addons.pipeline import PLAIN, Pipeline
 from vlkit.addons.reference import Reference
 from vlkit.contracts import Evaluation, Evaluator, Progress
 from vlkit.data.records import Record, text_to_image
-from vlkit.errors import DataError
+from vlkit.errors import ConfigError, DataError
 
 CAPTION_TEMPLATES = ("{}",)  # captions are embedded as they are
 
@@ -67,6 +75,8 @@ class RetrievalEvaluator(Evaluator):
         reference: what add-ons that are not fitted yet may be fitted on.
         passes: image passes to share with other evaluations of the same model.
         text_prefix: words put before every caption, as `A photo depicts ` in CLIPScore and DN.
+        true_recall: also measure how many of an image's captions are found, beside whether any is: a second, slower
+            pass over all scores.
     """
 
     records: Sequence[Record]
@@ -79,6 +89,7 @@ class RetrievalEvaluator(Evaluator):
     reference: Reference | None = None
     passes: Passes | None = None
     text_prefix: str = ""
+    true_recall: bool = False
 
     def __post_init__(self) -> None:
         """Check.
@@ -98,17 +109,26 @@ class RetrievalEvaluator(Evaluator):
 
         Returns:
             Metrics `image_to_text/recall@K`, `text_to_image/recall@K`, `mean_recall@K` (mean of the two) and
-            `.../median_rank`; one row a query in `per_item`; figures `examples` and `unreadable_images`.
+            `.../median_rank`; with `true_recall` also `image_to_text/true_recall@K`, `.../mean_average_precision` and
+            `.../r_precision`; one row a query in `per_item`; figures `examples` and `unreadable_images`.
 
         Raises:
             DataError: no readable image.
             GalleryError: features that are not finite.
+            ConfigError: `true_recall` with add-ons, which are ranked another way.
         """
+        if self.true_recall and pipeline.addons:
+            raise ConfigError("True recall is measured without add-ons; leave one of the two out.")
         captioned = [record for record in self.records if record.captions]
         num_captions = sum(len(record.captions) for record in captioned)
         look_up = self._adapted if pipeline.addons or self.passes is not None else self._plain
         images, captions, text, owners, ranks, addons = look_up(source, captioned, num_captions, pipeline)
         metrics, intervals = metrics_of(ranks, owners, self.ks, self.seed)
+        if self.true_recall:
+            values = caption_recall(images.features, text, owners, self.ks)
+            low, high = bootstrap_interval(torch.stack(list(values.values()), dim=1), seed=self.seed)
+            for place, (key, column) in enumerate(values.items()):
+                metrics[key], intervals[key] = column.mean().item(), (low[place].item(), high[place].item())
         examples: Sequence[RetrievalExample] = ()
         # Examples show what plain features find; with add-ons they would show something else than what was measured.
         if self.num_examples and not pipeline.addons:
@@ -143,8 +163,7 @@ class RetrievalEvaluator(Evaluator):
         """Through the add-ons: what they need is fitted, and told in the result."""
         model = as_source(source)
         passes = passes_for(self.passes, pipeline, model, self.batch_size, self.workers)
-        read = read_images(passes, records, pipeline)
-        fitted = prepared(pipeline, "retrieval", read, passes, self.reference, (), CAPTION_TEMPLATES)
+        read, fitted = read_and_fit(pipeline, "retrieval", records, passes, self.reference, (), CAPTION_TEMPLATES)
         captions, text, owners = _texts(fitted.source(model), read.embedded.records, self.text_prefix, self.progress)
         ranks = ranks_of(fitted.retrieval(read.vectors, Vectors("text", text), model), owners)
         return Outcome(read.embedded, captions, text, owners, ranks, addons_record(fitted))
@@ -172,6 +191,23 @@ def _texts(
     text = source.embed_texts([prefix + caption for caption in captions], progress=progress)
     check_finite(text, captions, "texts")
     return captions, text, torch.tensor(text_to_image(records))
+
+
+def caption_recall(image: Tensor, text: Tensor, owners: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
+    """Of every image (N,) how its captions rank among all: true recall@K, average precision and R-precision.
+
+    Args:
+        image: (N,D) unit norm.
+        text: (M,D) unit norm.
+        owners: (M,) the image row each text belongs to.
+        ks: the K of recall@K.
+
+    Source: CLIP_benchmark 1.6.1, metrics/zeroshot_retrieval.py, `recall_at_k` before it is made a hit rate.
+    """
+    found = positive_positions(image, text, SameLabel(torch.arange(len(image)), owners))
+    values = {f"image_to_text/true_recall@{k}": found.recall(k) for k in ks}
+    own = {"mean_average_precision": found.average_precision(), "r_precision": found.r_precision()}
+    return values | {f"image_to_text/{name}": column for name, column in own.items()}
 
 
 def measure_retrieval(image: Tensor, text: Tensor, owners: Tensor, ks: Sequence[int], seed: int = 0) -> Measured:

@@ -8,7 +8,7 @@
     results/figures/KEY.json            what a report draws: confusion matrix, examples with thumbnails
 
 KEY is the hash of model, protocol and data, so a rerun does what is missing and several processes need nothing of each
-other but the folder: each takes every n-th protocol of a model.
+other but the folder: each takes every n-th evaluation.
 """
 
 import hashlib
@@ -64,9 +64,9 @@ def run_suite(
         models: names, each once.
         jobs: protocols with their data.
         out: folder of the results; one begun before is continued.
-        open_model: gives a model by its name; it is asked once for each model.
+        open_model: gives a model by its name; it is asked once for each model of this process.
         device: for the record.
-        rank, world_size: this process takes the protocols rank, rank + world_size, ... of each model.
+        rank, world_size: of all pairs of model and protocol this process takes rank, rank + world_size, ...
         progress: called with (done, total) of this process, in thousandths of an evaluation.
 
     Yields:
@@ -80,20 +80,21 @@ def run_suite(
     _check_distinct("model", models)
     _check_distinct("protocol", [job.prepared.protocol.name for job in jobs])
     done = {line.get("key"): line for line in read_results(out / RESULTS).lines} if (out / RESULTS).exists() else {}
-    mine = [job for number, job in enumerate(jobs) if number % world_size == rank]
-    finished, total = 0, 1000 * len(models) * len(mine)
-    for model in models:
-        source = open_model(model) if mine else None
-        for job in mine:
-            assert source is not None
-            key = job_key(source, job)
-            if key in done:
-                yield Outcome(done[key], True)
-            else:
-                yield Outcome(_evaluate(source, job, key, out, device, _part(progress, finished, total)), False)
-            finished += 1000
-            if progress:
-                progress(finished, total)
+    pairs = [(model, job) for model in models for job in jobs]
+    mine = pairs[rank::world_size]
+    finished, total = 0, 1000 * len(mine)
+    source, opened = None, None
+    for model, job in mine:
+        if source is None or model != opened:
+            source, opened = open_model(model), model
+        key = job_key(source, job)
+        if key in done:
+            yield Outcome(done[key], True)
+        else:
+            yield Outcome(_evaluate(source, job, key, out, device, _part(progress, finished, total)), False)
+        finished += 1000
+        if progress:
+            progress(finished, total)
 
 
 def job_key(source: FeatureSource, job: Job) -> str:

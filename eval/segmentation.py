@@ -4,20 +4,25 @@ SegmentationEvaluator(read_instances("coco_small")).run(source).metrics["mean_io
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from eval.coco_instances import Scene, Scenes
+from eval.examples import HeatExample
+from eval.features import Unreadable, over_items
+from eval.heat import heat_example
+from eval.mask_refinement import DILATIONS, check_refinement, refine_masks
 from eval.metrics import confusion_matrix
 from eval.segmentation_pictures import write_segmentation
 from vlkit.addons.class_names import ClassName, parse_class
 from vlkit.addons.class_weights.templates import load_templates, template_weights
 from vlkit.addons.exchange import ClassWeights
+from vlkit.addons.pair_scores.pacl import Pacl
 from vlkit.addons.passes import editing
 from vlkit.addons.patch_scores import Window, denoised, enlarged, patch_scores, window_of, window_scores
 from vlkit.addons.pipeline import Pipeline
@@ -26,6 +31,7 @@ from vlkit.data.images import read_image
 from vlkit.errors import ConfigError, DataError
 from vlkit.features.source import FeatureSource
 from vlkit.models.dual_encoder import DualEncoder
+from vlkit.models.embedder import Embedder
 
 Background = Literal["ignored", "class"]
 
@@ -46,6 +52,13 @@ class _Counts(NamedTuple):
     hits: Tensor
 
 
+class _Measured(NamedTuple):
+    """What came of one photograph."""
+
+    counts: _Counts
+    example: HeatExample | None
+
+
 @dataclass(frozen=True)
 class SegmentationEvaluator(Evaluator):
     """mIoU of class names on photographs with masks.
@@ -60,9 +73,11 @@ class SegmentationEvaluator(Evaluator):
         logit_scale: of the softmax over names; None takes the model's own.
         denoise: names nowhere more probable than this are left out of a photograph (MaskCLIP); 0 keeps all.
         short_side, stride: of the window, in pixels; None is 1.5 and 0.5 times the model's size.
+        refine_steps, refine_dilations: of `eval.mask_refinement` (PAMR) on the scores; 0 steps leave them alone.
         pictures: folder for a sheet of each of the first `num_pictures` photographs.
         num_pictures: how many.
         seed: of the bootstrap.
+        num_examples: photographs of which a report shows where their largest class was seen.
         progress: called with (done, total) photographs.
     """
 
@@ -75,9 +90,12 @@ class SegmentationEvaluator(Evaluator):
     denoise: float = 0.0
     short_side: int | None = None
     stride: int | None = None
+    refine_steps: int = 0
+    refine_dilations: tuple[int, ...] = DILATIONS
     pictures: Path | None = None
     num_pictures: int = 12
     seed: int = 0
+    num_examples: int = 0
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
@@ -95,67 +113,67 @@ class SegmentationEvaluator(Evaluator):
             raise ConfigError(f"threshold {self.threshold}, denoise {self.denoise}: expected probabilities below 1.")
         if self.threshold and self.background == "ignored":
             raise ConfigError("A threshold has no effect while the background is ignored. Leave it out.")
+        check_refinement(self.refine_steps, self.refine_dilations)
 
     def run(self, source: FeatureSource, pipeline: Pipeline | None = None) -> Evaluation:
         """Score pixels, count.
 
         Args:
             source: a model with patches in the joint space.
-            pipeline: fitted; edits of the towers change the patches, nothing else is used.
+            pipeline: fitted; edits of the towers change the patches, pacl's head aligns them; nothing else is used.
 
         Returns:
             Metrics `mean_iou` (over classes in truth or prediction), `pixel_accuracy`, `mean_accuracy` (over classes
-            in the truth); `per_item` one row a class.
+            in the truth); `per_item` one row a class; `figures["pixels"]` the counts of each photograph.
 
         Raises:
-            ConfigError: an add-on that is no edit, a window that does not fit.
+            ConfigError: an add-on that does not change patches, a window that does not fit.
             DataError: no readable photograph.
             ModelError: no patches in the joint space.
         """
         edits = () if pipeline is None else pipeline.tower_edits
-        if pipeline is not None and len(edits) < len(pipeline.addons):
-            raise ConfigError("Only add-ons that edit towers change patches; leave the others out.")
+        scoring = None if pipeline is None else pipeline.scoring
+        head = scoring if isinstance(scoring, Pacl) else None
+        if pipeline is not None and len(edits) + (head is not None) < len(pipeline.addons):
+            raise ConfigError("Only add-ons that edit towers, and pacl, change patches; leave the others out.")
         encoder, classes = source.embedder.encoder, self._classes()
         window = window_of(encoder, self.short_side, self.stride)
         weights = template_weights(source, [item.names for item in classes], load_templates(self.templates))
         scale = source.logit_scale if self.logit_scale is None else self.logit_scale
-        counts, unreadable = [], []
+        # Without the photographs: whoever shares the work gets one at a time.
+        settings = replace(self, scenes=replace(self.scenes, images=()), progress=None)
+        work = _Segmenting(settings, weights, tuple(item.shown for item in classes), window, scale, head)
         with editing(encoder, edits):
-            for number, scene in enumerate(self.scenes.images):
-                try:
-                    pixels = read_image(scene.record, exif="ignore")
-                except DataError as error:
-                    unreadable.append((scene.record.key, str(error)))
-                    continue
-                probabilities = pixel_probabilities(encoder, pixels, weights, window, scale, self.denoise)
-                truth, given = self._truth(scene, pixels), self._decided(probabilities)
-                counts.append(_counts(truth, given, len(classes)))
-                if self.pictures is not None and number < self.num_pictures:
-                    write_segmentation(
-                        self.pictures, scene.record.key, pixels, truth, given, probabilities, [c.shown for c in classes]
-                    )
-                if self.progress:
-                    self.progress(number + 1, len(self.scenes.images))
+            found = over_items(source, work, list(enumerate(self.scenes.images)), self.progress)
+        counts = [one.counts for one in found if isinstance(one, _Measured)]
+        examples = tuple(one.example for one in found if isinstance(one, _Measured) and one.example is not None)
+        unreadable = tuple(one for one in found if isinstance(one, Unreadable))
         if not counts:
             raise DataError(f"None of the {len(self.scenes.images)} photographs could be read.")
-        names = [addon.name for addon in edits]
-        return self._evaluation(counts, unreadable, classes, window, scale, names)
+        names = [addon.name for addon in pipeline.addons] if pipeline else []
+        figures = {"unreadable_images": unreadable, "heat_maps": examples}
+        return self._evaluation(counts, figures, classes, window, scale, names)
 
     def _classes(self) -> list[ClassName]:
         named = [parse_class(name) for name in self.class_names or self.scenes.names]
         return named if self.background == "ignored" else [*named, ClassName("background", BACKGROUND_WORDS)]
 
-    def _truth(self, scene: Scene, pixels: Tensor) -> Tensor:
-        """(H,W) rows of classes; -1 does not count."""
+    def truth(self, scene: Scene, pixels: Tensor) -> Tensor:
+        """(H,W) rows of classes of the masks; what is below 0 does not count.
+
+        Raises:
+            DataError: the photograph (3,H,W) is of another size than the masks.
+        """
         if pixels.shape[1:] != (scene.height, scene.width):
             raise DataError(
                 f"{scene.record.key} is {pixels.shape[2]} x {pixels.shape[1]} pixels, its masks are made for "
                 f"{scene.width} x {scene.height}. Use the photographs the annotations belong to."
             )
         labels = scene.label_map() - 1
-        return labels if self.background == "ignored" else labels.where(labels >= 0, len(self.scenes.names))
+        return labels if self.background == "ignored" else labels.where(labels != -1, len(self.scenes.names))
 
-    def _decided(self, probabilities: Tensor) -> Tensor:
+    def decided(self, probabilities: Tensor) -> Tensor:
+        """(H,W) rows of classes out of (C,H,W)."""
         best = probabilities.max(0)
         if not self.threshold:
             return best.indices
@@ -164,7 +182,7 @@ class SegmentationEvaluator(Evaluator):
     def _evaluation(
         self,
         counts: list[_Counts],
-        unreadable: list[tuple[str, str]],
+        figures: dict[str, tuple[Any, ...]],
         classes: list[ClassName],
         window: Window,
         scale: float,
@@ -194,14 +212,14 @@ class SegmentationEvaluator(Evaluator):
                 "resolution": "the photograph's own; scores enlarged bilinearly",
                 "denoise": self.denoise,
                 "edits": edits,
-                "post_processing": "none",
+                "post_processing": self._post_processing(),
                 "interval": f"95%, percentile bootstrap, {_RESAMPLES} resamples of photographs, seed {self.seed}",
             },
             counts={
                 "images": len(counts),
                 "classes": len(classes),
                 "classes_in_masks": int((true > 0).sum()),
-                "unreadable_images": len(unreadable),
+                "unreadable_images": len(figures["unreadable_images"]),
             },
             per_item=pa.table(
                 {
@@ -212,28 +230,97 @@ class SegmentationEvaluator(Evaluator):
                     "predicted_pixels": given.long().numpy(),
                 }
             ),
-            figures={"unreadable_images": tuple(unreadable)},
+            figures={**figures, "pixels": columns},
         )
+
+    def _post_processing(self) -> str:
+        if not self.refine_steps:
+            return "none"
+        return f"PAMR, {self.refine_steps} steps, dilations {', '.join(map(str, self.refine_dilations))}"
+
+
+@dataclass(frozen=True)
+class _Segmenting:
+    """What is done with one photograph."""
+
+    settings: SegmentationEvaluator
+    weights: ClassWeights
+    names: tuple[str, ...]
+    window: Window
+    scale: float
+    head: Pacl | None = None
+
+    def __call__(self, model: Embedder, item: tuple[int, Scene]) -> _Measured | Unreadable:
+        number, scene = item
+        try:
+            pixels = read_image(scene.record, exif="ignore")
+        except DataError as error:
+            return Unreadable(scene.record.key, str(error))
+        settings = self.settings
+        truth = settings.truth(scene, pixels)
+        refining = (settings.refine_steps, settings.refine_dilations)
+        probabilities = pixel_probabilities(
+            model.encoder, pixels, self.weights, self.window, self.scale, settings.denoise, refining, self.head
+        )
+        given = settings.decided(probabilities)
+        if settings.pictures is not None and number < settings.num_pictures:
+            write_segmentation(settings.pictures, scene.record.key, pixels, truth, given, probabilities, self.names)
+        counts = _counts(truth, given, len(self.names))
+        example = self._example(scene, probabilities, counts) if number < settings.num_examples else None
+        return _Measured(counts, example)
+
+    def _example(self, scene: Scene, probabilities: Tensor, counts: _Counts) -> HeatExample:
+        """Where the photograph's largest category was seen."""
+        largest = int(counts.true[: len(self.settings.scenes.names)].argmax())
+        hits, union = int(counts.hits[largest]), int(counts.true[largest] + counts.given[largest])
+        note = f"probability up to {probabilities[largest].max():.0%}; IoU {hits / max(union - hits, 1):.0%}"
+        return heat_example(scene.record, self.names[largest], probabilities[largest], note)
+
+
+def mean_iou_difference(first: Evaluation, second: Evaluation, seed: int = 0) -> tuple[float, float, float]:
+    """mIoU of the second evaluation less that of the first, and its 95% interval.
+
+    Both are of the same photographs, which are drawn anew together.
+
+    Raises:
+        ValueError: photographs or classes that differ in number.
+    """
+    one, other = (evaluation.figures["pixels"] for evaluation in (first, second))
+    if one.true.shape != other.true.shape:
+        raise ValueError(f"{tuple(one.true.shape)} and {tuple(other.true.shape)} photographs and classes.")
+    change = _resampled(other, seed) - _resampled(one, seed)
+    bounds = torch.quantile(change, torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return second.metrics["mean_iou"] - first.metrics["mean_iou"], bounds[0].item(), bounds[1].item()
 
 
 def pixel_probabilities(
-    encoder: DualEncoder, pixels: Tensor, weights: ClassWeights, window: Window, scale: float, denoise: float = 0.0
+    encoder: DualEncoder,
+    pixels: Tensor,
+    weights: ClassWeights,
+    window: Window,
+    scale: float,
+    denoise: float = 0.0,
+    refining: tuple[int, Sequence[int]] = (0, DILATIONS),
+    head: Pacl | None = None,
 ) -> Tensor:
     """Probability (C,H,W) of each class at each pixel of a photograph (3,H,W) uint8.
 
-    With `denoise` above 0, names that are nowhere in the photograph more probable than it are left out.
+    With `denoise` above 0, names that are nowhere in the photograph more probable than it are left out. `refining` is
+    steps and dilations of PAMR on the scores of the names. Patches aligned by a `head` stand in place of the model's.
 
     Source: Wang et al. 2024 (SCLIP), arXiv:2312.01597; its segmentor: windows' logits averaged, brought to the size of
-    the photograph, softmax over all names, then the maximum over a class's names.
+    the photograph, refined there, softmax over all names, then the maximum over a class's names.
     """
     by_name = ClassWeights(weights.vectors, torch.arange(len(weights.vectors)))
 
     def score(squares: Tensor) -> Tensor:
-        return patch_scores(encoder.encode_patches(squares.to(encoder.device)), by_name)
+        here = squares.to(encoder.device)
+        patches = encoder.encode_patches(here) if head is None else head.patches_of(encoder.patch_tokens(here))
+        return patch_scores(patches, by_name)
 
     scores = window_scores(score, pixels, window, encoder.preprocess.interpolation)
     size = (int(pixels.shape[1]), int(pixels.shape[2]))
-    logits = scale * enlarged(scores, *size)
+    logits = scale * refine_masks(pixels, enlarged(scores, *size), *refining)
     names = (denoised(logits, denoise) if denoise else logits).softmax(0)
     if len(names) == weights.num_classes:
         return names
@@ -250,6 +337,12 @@ def _counts(truth: Tensor, given: Tensor, num_classes: int) -> _Counts:
 
 def _bootstrap(counts: _Counts, seed: int) -> tuple[float, float]:
     """95% interval of the mIoU when photographs are drawn anew; counts are (N,C)."""
+    bounds = torch.quantile(_resampled(counts, seed), torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return bounds[0].item(), bounds[1].item()
+
+
+def _resampled(counts: _Counts, seed: int) -> Tensor:
+    """(resamples,) mIoU of photographs drawn anew: for one seed the same ones, whatever was measured on them."""
     true, given, hits = counts
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(true), (_RESAMPLES, len(true)), generator=generator)
@@ -258,6 +351,5 @@ def _bootstrap(counts: _Counts, seed: int) -> tuple[float, float]:
     )
     inside = times @ hits
     iou = inside / (times @ (true + given) - inside)
-    means = iou.nanmean(1)
-    bounds = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return bounds[0].item(), bounds[1].item()
+    means: Tensor = iou.nanmean(1)
+    return means

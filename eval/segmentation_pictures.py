@@ -4,14 +4,11 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from vlkit.interpret.pictures import Panel, overlay, write_sheet
-
-# Of the colour over the photograph.
-_STRENGTH = 0.6
+from vlkit.interpret.regions import overlay_regions
 
 
 def write_segmentation(
@@ -37,8 +34,10 @@ def write_segmentation(
     photo = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     panels = [
         Panel(photo, key),
-        Panel(coloured(photo, truth), f"truth: {_most(truth, names)}"),
-        Panel(coloured(photo, given.where(truth >= 0, -1)), f"found: {_most(given.where(truth >= 0, -1), names)}"),
+        Panel(overlay_regions(photo, truth), f"truth: {_most(truth, names)}"),
+        Panel(
+            overlay_regions(photo, given.where(truth >= 0, -1)), f"found: {_most(given.where(truth >= 0, -1), names)}"
+        ),
     ]
     known = truth[truth >= 0]
     if len(known):
@@ -49,18 +48,6 @@ def write_segmentation(
     path = folder / f"{Path(key).stem[:40]}_{name}.png"
     write_sheet(panels, path)
     return path
-
-
-def coloured(photo: Image.Image, labels: Tensor) -> Image.Image:
-    """The photograph with each class in a colour of its own; -1 is left clear."""
-    from matplotlib import colormaps
-
-    # Neighbouring classes should differ, so hues are a golden angle apart.
-    hues = (labels.clamp(min=0).numpy() * 0.618034) % 1
-    colour = colormaps["hsv"](hues)[..., :3] * 255
-    strength = np.where(labels.numpy() >= 0, _STRENGTH, 0)[..., None]
-    base = np.asarray(photo.convert("RGB"), dtype=np.float32)
-    return Image.fromarray((base * (1 - strength) + colour * strength).round().astype(np.uint8))
 
 
 def _most(labels: Tensor, names: Sequence[str]) -> str:

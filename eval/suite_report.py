@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from eval.curves import confusion_picture, curves_of
-from eval.report import Heading, Matrix, Picture, Section, Table, write_report
+from eval.report import Gallery, Heading, HeatMaps, Matrix, Picture, Section, Table, write_report
+from eval.report_pictures import gallery_picture, heat_maps_picture
 from eval.report_store import read_sections
 from eval.runner import suite_results
 from vlkit.data.atomic import atomic_file
@@ -59,7 +60,8 @@ def write_suite_report(results: str | Path, out: str | Path) -> list[Path]:
         sections += _of_line(line, number, folder, pictures)
     sections.append(_fingerprints(lines))
     out.mkdir(parents=True, exist_ok=True)
-    title = f"{len({line['model'] for line in lines})} models, {len({_task(line) for line in lines})} protocols"
+    numbers = {"model": len({line["model"] for line in lines}), "protocol": len({_task(line) for line in lines})}
+    title = ", ".join(f"{count} {what}{'' if count == 1 else 's'}" for what, count in numbers.items())
     write_report(out / PAGE, "vlkit evaluation", sections, title)
     tables = {"table.csv": as_csv(overview), "table.tex": as_latex(overview), "table.md": as_markdown(overview)}
     files = {out / name: text.encode("utf-8", "backslashreplace") for name, text in tables.items()}
@@ -115,8 +117,15 @@ _NOTE = (
 
 def _task(line: Mapping[str, Any]) -> str:
     """What a column of the table is called."""
-    name = line["protocol"].get("name")
-    return one_line(name) if name else one_line(f"{line['task']} {line['data']} {line['split'] or ''}".strip())
+    protocol = line["protocol"]
+    if protocol.get("name"):
+        return one_line(protocol["name"])
+    # Of single commands: the data by their folder, and whatever tells two evaluations of them apart.
+    parts = [str(line["task"]), Path(str(line["data"])).name, str(line["split"] or "")]
+    parts += [str(addon.get("name")) for addon in protocol.get("addons", ()) if isinstance(addon, dict)]
+    told = [str(protocol.get(key, "none")).partition(";")[0] for key in ("folds", "post_processing")]
+    parts += [text for text in told if text not in ("none", "1")]
+    return one_line(" ".join(part for part in parts if part))
 
 
 def _main_metric(line: Mapping[str, Any]) -> str:
@@ -129,15 +138,18 @@ def _main_value(line: Mapping[str, Any]) -> float:
 
 
 def _all_metrics(lines: Sequence[Mapping[str, Any]]) -> Table:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for line in lines:
         for key, value in line["metrics"].items():
             rank = key.endswith("rank")
             interval = line["intervals"].get(key)
             low, high = ("", "") if interval is None else (f"{b:g}" if rank else f"{100 * b:.2f}" for b in interval)
             shown = f"{value:g}" if rank else f"{100 * value:.2f}"
-            rows.append((one_line(line["model"]), _task(line), key, shown, low, high))
-    columns = ["model", "protocol", "metric", "value", "95% from", "to"]
+            rows.append((key, shown, low, high, _task(line), one_line(line["model"])))
+    # What is read first stands first: on a narrow screen the rest is scrolled to.
+    columns = ["metric", "value", "95% from", "to", "protocol", "model"]
+    if len({row[-1] for row in rows}) == 1:
+        rows, columns = [row[:-1] for row in rows], columns[:-1]
     return Table("All metrics", columns, rows, "In per cent, ranks as they are.", sortable=True)
 
 
@@ -177,8 +189,13 @@ def _of_line(line: Mapping[str, Any], number: int, folder: Path, pictures: dict[
     for name, content in curves.items():
         pictures[f"{prefix}_{name.lower().replace(' ', '_')}.png"] = content
     for section in stored:
+        name = re.sub("[^a-z0-9]+", "_", section.title.lower())
         if isinstance(section, Matrix):
             pictures[f"{prefix}_confusion_matrix.png"] = confusion_picture(section.counts, section.class_names)
+        elif isinstance(section, Gallery) and section.queries:
+            pictures[f"{prefix}_{name}.png"] = gallery_picture(section)
+        elif isinstance(section, HeatMaps) and section.maps:
+            pictures[f"{prefix}_{name}.png"] = heat_maps_picture(section)
     drawn = [Picture(name, content) for name, content in curves.items()]
     return [*sections, stored[0], *drawn, *stored[1:]]
 

@@ -11,7 +11,7 @@ from eval.features import EmbeddedRecords, EmbeddingSource, check_finite
 from eval.metrics import Ranks, RetrievalRanks, label_ranks
 from eval.metrics.ranking import tie_bounds
 from vlkit.addons.adapted import AdaptedRetrieval, Direction
-from vlkit.addons.base import Task
+from vlkit.addons.base import InputEdit, Task, TowerEdit
 from vlkit.addons.class_names import ClassName
 from vlkit.addons.exchange import Vectors
 from vlkit.addons.passes import Passes
@@ -94,10 +94,36 @@ def read_images(passes: Passes, records: Sequence[Record], pipeline: Pipeline) -
     return ReadImages(EmbeddedRecords(kept, read.vectors.pooled, unreadable), read.vectors)
 
 
+def read_and_fit(
+    pipeline: Pipeline,
+    task: Task,
+    records: Sequence[Record],
+    passes: Passes,
+    reference: Reference | None,
+    class_names: Sequence[ClassName],
+    templates: str | Sequence[str],
+) -> tuple[ReadImages, Pipeline]:
+    """The test images as the pipeline wants them, and the pipeline fitted.
+
+    Edits are fitted first, for the images are read under them; the rest may want to see those images.
+
+    Raises:
+        ConfigError: see `prepared`.
+        DataError, GalleryError: see `read_images`.
+    """
+    edits = Pipeline(pipeline.edits)
+    if not edits.fitted:
+        done = prepared(edits, task, None, passes, reference, class_names, templates)
+        others = [addon for addon in pipeline.addons if not isinstance(addon, InputEdit | TowerEdit)]
+        pipeline = Pipeline([*done.addons, *others])
+    read = read_images(passes, records, pipeline)
+    return read, prepared(pipeline, task, read, passes, reference, class_names, templates)
+
+
 def prepared(
     pipeline: Pipeline,
     task: Task,
-    images: ReadImages,
+    images: ReadImages | None,
     passes: Passes,
     reference: Reference | None,
     class_names: Sequence[ClassName],
@@ -122,6 +148,7 @@ def prepared(
         )
     stream = None
     if pipeline.transductive:
+        assert images is not None
         plain = passes.read(images.embedded.records)
         stream = Stream(plain.vectors, images.embedded.records)
     complete = replace(given, task=task, class_names=tuple(class_names), stream=stream, passes=passes)

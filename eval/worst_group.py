@@ -14,6 +14,7 @@ import torch
 from eval.classification import ClassificationEvaluator
 from eval.features import ClassifyingSource
 from eval.metrics import bootstrap_interval
+from vlkit.addons.pipeline import PLAIN, Pipeline
 from vlkit.contracts import Evaluation, Evaluator
 from vlkit.data.records import Problems, Record
 from vlkit.data.sources.annotated import read_text
@@ -52,12 +53,12 @@ class WorstGroupEvaluator(Evaluator):
                 f"groups (an image: {self.classification.records[0].key!r}, a key: {next(iter(self.groups), '')!r})."
             )
 
-    def run(self, source: ClassifyingSource, pipeline: None = None) -> Evaluation:
+    def run(self, source: ClassifyingSource, pipeline: Pipeline = PLAIN) -> Evaluation:
         """Classify, then count by group.
 
         Args:
             source: the model.
-            pipeline: there are no add-ons for this evaluator yet.
+            pipeline: as for `ClassificationEvaluator`; head_ablation takes heads out that follow a spurious cue.
 
         Returns:
             Metrics `worst_group/accuracy@1`, `mean_group/accuracy@1`, `accuracy@1` (over images), `gap` (average minus
@@ -69,7 +70,7 @@ class WorstGroupEvaluator(Evaluator):
         Source: Sagawa et al. 2020, "Distributionally Robust Neural Networks for Group Shifts", arXiv:1911.08731.
         """
         known = [r for r in self.classification.records if _group(r, self.groups) is not None]
-        inner = replace(self.classification, records=known).run(source)
+        inner = replace(self.classification, records=known).run(source, pipeline)
         assert inner.per_item is not None
         of_key = {record.key: _group(record, self.groups) for record in known}
         keys, classes = (inner.per_item.column(name).to_pylist() for name in ("key", "class"))

@@ -71,9 +71,7 @@ def test_the_source_runs_on_tiny_data(source: Path, tmp_path: Path) -> None:
     script.write_text(made_tiny(source.read_text(encoding="utf-8")), encoding="utf-8")
     (tmp_path / "empty").mkdir()
     command = [sys.executable, "-W", "error", "-W", "default::DeprecationWarning", str(script)]
-    done = subprocess.run(
-        command, cwd=tmp_path / "empty", env=os.environ, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=tmp_path / "empty", env=os.environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

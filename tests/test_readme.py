@@ -11,8 +11,9 @@ How the README is written:
       pipes, no redirection). `make demo` counts as the `vlkit demo` that it runs.
     - A block that takes long says in `short:` which options make it short. They are put behind every `vlkit train`
       and `vlkit demo` of the block.
-    - Between `<!-- methods -->` and `<!-- /methods -->` stands the table made from the METHODS of the folders;
-      `make readme` writes it.
+    - Between `<!-- methods -->` and `<!-- /methods -->` stands the table made from the METHODS of the folders, between
+      `<!-- measured -->` and `<!-- /measured -->` that of tests/benchmarks/addons_measured.json (what it holds and who
+      writes it: addons_measured.py beside it); `make readme` writes both.
 
 The default run calls the commands in this process, with the short options, on miniatures of the data sets that are
 laid out like the real ones. `make slow` runs every story in bash, to the letter, on the real data in $VLKIT_DATA.
@@ -41,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 _TABLE = re.compile(r"(?<=<!-- methods -->\n).*?(?=\n<!-- /methods -->)", re.DOTALL)
+_MEASURED = re.compile(r"(?<=<!-- measured -->\n).*?(?=\n<!-- /measured -->)", re.DOTALL)
 _FENCED = re.compile(r"^(?P<above>.*)\n```(?P<language>sh|python)\n(?P<code>(?:.*\n)*?)```$", re.MULTILINE)
 _RUNS = re.compile(r"<!-- runs: (?P<story>[\w-]+)(?:; short: (?P<short>.+?))? -->")
 
@@ -108,6 +110,22 @@ def methods_table() -> str:
     return "\n".join(lines)
 
 
+def measured_table() -> str:
+    """What each add-on changes on real data: a line for each method, data set, number of shots and metric."""
+    lines = [
+        "| method | data | shots | metric | plain → with it | change (95% interval) | remarks |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in json.loads((ROOT / "tests" / "benchmarks" / "addons_measured.json").read_text(encoding="utf-8")):
+        digits = 2 if row["metric"] == "mIoU" else 1
+        points = " to ".join(f"{100 * row[key]:+.{digits}f}" for key in ("low", "high"))
+        values = f"{row['plain']:.{digits}%} → {row['value']:.{digits}%}"
+        remarks = "; ".join(part for part in (row["settings"], row["note"]) if part)
+        cells = (f"`{row['method']}`", row["data"], row["shots"], row["metric"], values)
+        lines.append(f"| {' | '.join(cells)} | {100 * row['change']:+.{digits}f} ({points}) | {remarks} |")
+    return "\n".join(lines)
+
+
 STORIES = stories(README)
 
 
@@ -160,6 +178,12 @@ def test_the_table_of_methods() -> None:
     shown = _TABLE.search(README)
     assert shown is not None
     assert shown[0] == methods_table(), "run `make readme`"
+
+
+def test_the_table_of_measurements() -> None:
+    shown = _MEASURED.search(README)
+    assert shown is not None
+    assert shown[0] == measured_table(), "run `make readme`"
 
 
 def test_links_to_files_lead_somewhere() -> None:
@@ -237,4 +261,5 @@ def class_folders(folder: Path, names: tuple[str, ...]) -> None:
 
 
 if __name__ == "__main__":  # make readme
-    (ROOT / "README.md").write_text(_TABLE.sub(lambda _: methods_table(), README), encoding="utf-8")
+    written = _MEASURED.sub(lambda _: measured_table(), _TABLE.sub(lambda _: methods_table(), README))
+    (ROOT / "README.md").write_text(written, encoding="utf-8")

@@ -83,6 +83,7 @@ class ModelSettings(Settings):
     name: Text | None = None  # an open_clip architecture, e.g. "ViT-B-32"; weights are random
     architecture: dict[str, Any] | None = None  # open_clip's model_cfg: embed_dim, vision_cfg, text_cfg, ...
     init: Text | None = None  # any load_encoder name, e.g. "open_clip:ViT-B-32/laion2b_s34b_b79k"
+    init_image: Text | None = None  # beside name or architecture: weights of its timm image tower, "timm:NAME.TAG"
     freeze: tuple[Literal["image", "text"], ...] = ()  # towers that keep their weights
     # How many of the last layers of a frozen tower are trained all the same.
     unfreeze: dict[Literal["image", "text"], Count] = Field(default_factory=dict)
@@ -96,6 +97,8 @@ class ModelSettings(Settings):
     @model_validator(mode="after")
     def _one_model(self) -> Self:
         _check_exactly_one(self, "name", "architecture", "init")
+        if self.init is not None and self.init_image is not None:
+            raise ValueError("init brings both towers; init_image is for name or architecture")
         for tower in self.unfreeze:
             if tower not in self.freeze:
                 raise ValueError(f"unfreeze names {tower}, which freeze does not: all of it is trained anyway")
@@ -211,11 +214,21 @@ class OptimSettings(Settings):
         return self
 
 
+# The commands of `vlkit eval` that can be followed through a training.
+EvaluatorName = Literal[
+    "retrieval", "classification", "probe", "few-shot", "knn", "base-to-new", "cross-dataset", "ood",
+    "image-retrieval", "worst-group", "caption-judgement", "image-caption-choice", "text-similarity", "segmentation",
+    "referring", "pointing", "explanation", "composed-retrieval", "conditional-retrieval", "blind-pairs",
+    "vocabulary-free", "cluster-and-name",
+]  # fmt: skip
+
+
 class EvalSettings(Settings):
     """[[eval]]: one evaluation during training, by the evaluator's name or under a protocol (`vlkit protocols`)."""
 
-    name: Literal["retrieval", "classification"] | None = None
+    name: EvaluatorName | None = None
     protocol: Text | None = None  # fixes split, captions, class names and templates
+    options: dict[str, Any] = Field(default_factory=dict)  # of the evaluator, as of its command, e.g. {k = [1, 10]}
     data: Paths
     format: Text | None = None  # default: found out from the data
     split: Text | None = None
@@ -225,9 +238,11 @@ class EvalSettings(Settings):
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if (self.name is None) == (self.protocol is None):
-            raise ValueError('expected either name = "retrieval" or "classification", or protocol = "..."')
+            raise ValueError('expected either name = "retrieval" or another evaluator, or protocol = "..."')
         if self.protocol is not None and (self.split is not None or self.format is not None):
             raise ValueError(f"split and format are fixed by protocol {self.protocol}; leave them out")
+        if self.protocol is not None and self.options:
+            raise ValueError(f"protocol {self.protocol} takes no options; leave them out")
         return self
 
 

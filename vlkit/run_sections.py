@@ -49,12 +49,14 @@ class DistillationSettings(TermSettings):
     """[loss.distillation]: the similarities of a teacher; without a name its features are stored in the shards."""
 
     teacher: Text | None = None  # any load_encoder name
-    logit_scale: Positive = 100.0  # of stored features; a teacher with a name brings its own
+    # Of stored features; default: the teacher's where the shards say it, else 100. One with a name brings its own.
+    logit_scale: Positive | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
         """What the loss itself is made with."""
-        return {"logit_scale": self.logit_scale, "tile_size": self.tile_size}
+        scale = {} if self.logit_scale is None else {"logit_scale": self.logit_scale}
+        return {**scale, "tile_size": self.tile_size}
 
 
 class PatchAlignmentSettings(TermSettings):

@@ -17,7 +17,9 @@ from eval.metrics.correlation import pearson as pearson
 from eval.metrics.correlation import spearman as spearman
 from eval.metrics.doubly_right import Candidates as Candidates
 from eval.metrics.doubly_right import DoublyRight as DoublyRight
+from eval.metrics.doubly_right import Judged as Judged
 from eval.metrics.doubly_right import doubly_right as doubly_right
+from eval.metrics.doubly_right import judged as judged
 from eval.metrics.kendall import kendall_tau as kendall_tau
 from eval.metrics.matching import cluster_accuracy as cluster_accuracy
 from eval.metrics.multi_label import LabelPrecision as LabelPrecision
@@ -45,6 +47,7 @@ __all__ = [
     "Candidates",
     "ClassTable",
     "DoublyRight",
+    "Judged",
     "LabelPrecision",
     "PairedDifference",
     "PositivePositions",
@@ -63,6 +66,7 @@ __all__ = [
     "expected_calibration_error",
     "expected_rank",
     "hit_probability",
+    "judged",
     "kendall_tau",
     "label_average_precision",
     "label_ranks",

@@ -1,7 +1,7 @@
 """Doubly right recognition: how often both the class and the reason for it are right.
 
-    rates = doubly_right(scores, candidates, labels, reasons)
-    rates.both, rates.only_class, rates.only_reason, rates.neither
+    found = doubly_right(scores, candidates, labels, reasons)
+    found.both, found.only_class, found.only_reason, found.neither
 
 Source: Mao et al. 2023, "Doubly Right Object Recognition: A Why Prompt for Visual Rationales", CVPR, arXiv:2212.06202,
 section 3, and the authors' code: candidates are all pairs of class and reason, 5 are looked at.
@@ -37,10 +37,26 @@ class DoublyRight(NamedTuple):
     neither: float  # WW
 
 
+class Judged(NamedTuple):
+    """Each image."""
+
+    right: Tensor  # (n,) bool: the class
+    reasoned: Tensor  # (n,) bool: the reason, with the class chosen
+
+
 def doubly_right(
     scores: Tensor, candidates: Candidates, labels: Tensor, reasons: Tensor, k: int = 5, seed: int = 0
 ) -> DoublyRight:
-    """Rates over images.
+    """Rates over images; see `judged`."""
+    right, reasoned = judged(scores, candidates, labels, reasons, k, seed)
+    pairs = (right & reasoned, right & ~reasoned, ~right & reasoned, ~right & ~reasoned)
+    return DoublyRight(*(one.double().mean().item() for one in pairs))
+
+
+def judged(
+    scores: Tensor, candidates: Candidates, labels: Tensor, reasons: Tensor, k: int = 5, seed: int = 0
+) -> Judged:
+    """Whether class and reason are right.
 
     The k best candidates of an image vote for the class; of classes with equally many, the one whose candidate comes
     first wins. The reason is right if one of the k joins it with the true class (or, where the class is wrong, with
@@ -63,15 +79,13 @@ def doubly_right(
             f"Scores are {tuple(scores.shape)} for {len(labels)} labels, {len(reasons)} reasons and "
             f"{len(candidates.classes)} candidates; expected (images, candidates) of at least one image."
         )
-    counts = torch.zeros(2, 2)
+    right, reasoned = torch.zeros(2, len(scores), dtype=torch.bool)
     for rows, best in _best(scores, k, seed):
         classes, given = candidates.classes[best], candidates.reasons[best]
         chosen = _vote(classes)
-        right = chosen == labels[rows]
-        reason = ((classes == chosen[:, None]) & (given == reasons[rows, None])).any(1)
-        counts.index_put_((right.long(), reason.long()), torch.ones(len(best)), accumulate=True)
-    share = (counts / len(scores)).tolist()
-    return DoublyRight(both=share[1][1], only_class=share[1][0], only_reason=share[0][1], neither=share[0][0])
+        right[rows] = chosen == labels[rows]
+        reasoned[rows] = ((classes == chosen[:, None]) & (given == reasons[rows, None])).any(1)
+    return Judged(right, reasoned)
 
 
 def _best(scores: Tensor, k: int, seed: int) -> Iterator[tuple[slice, Tensor]]:

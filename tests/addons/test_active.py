@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from vlkit.addons.active import Clusters, active_learning, balanced_choice, first_choice, priors, sure_rows, thresholds
 from vlkit.addons.base import ClassWeighting, learned
 from vlkit.addons.exchange import ClassWeights, Vectors
+from vlkit.addons.pipeline import Pipeline
 from vlkit.addons.reference import Part, Reference
 from vlkit.errors import ConfigError, DataError
 
@@ -137,3 +138,30 @@ def test_bad_input(pool: Any) -> None:
         list(active_learning(learner, reference, source, lambda rows: [7] * len(rows)))
     with pytest.raises(ConfigError, match="pool"):
         list(active_learning(learner, replace(reference, images=None), source, lambda rows: []))
+
+
+def test_a_learner_inside_the_towers_sees_the_pool_through_its_own_eyes(tower_case: Any) -> None:
+    from vlkit.addons.towers.visual_prompt import VisualPrompt
+
+    shots = tower_case.reference.few_shot
+    pool = replace(tower_case.reference, few_shot=None, images=replace(shots, labels=None))
+    learner = VisualPrompt(epochs=2, lr=5.0, batch_size=3, crop=1.0)
+    labels = shots.labels.tolist()
+    seen: list[list[int]] = []
+
+    def oracle(rows: Any) -> list[int]:
+        seen.append(list(rows))
+        return [labels[row] for row in rows]
+
+    passes = replace(pool, passes=type(pool.passes)(tower_case.source))
+    rounds = list(active_learning(learner, passes, tower_case.source, oracle, rounds=2, budget=3, strategy="entropy"))
+    assert passes.passes is not None and passes.passes.num_images == 12, "the pool went through the prompted tower"
+    fitted = Pipeline([rounds[0].addon])
+    vectors = passes.passes.read(shots.records, fitted.edits).vectors
+    chances = fitted.classifier(pool.class_names, tower_case.source).probabilities(vectors)
+    rest = [row for row in range(12) if row not in seen[0]]
+    entropy = torch.special.entr(chances[rest]).sum(1)
+    assert seen[1] == [rest[place] for place in entropy.argsort(descending=True, stable=True)[:3].tolist()]
+    with pytest.raises(ConfigError, match=r"visual_prompt needs pixels"):
+        bare = replace(pool, passes=None, images=replace(pool.images, records=()))
+        list(active_learning(learner, bare, tower_case.source, oracle, rounds=1, budget=3))

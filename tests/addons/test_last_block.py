@@ -1,13 +1,29 @@
+import io
+
 import pytest
 import torch
+from PIL import Image
 
+from vlkit.addons.class_names import ClassName
+from vlkit.addons.exchange import Vectors
 from vlkit.addons.last_block import grid_of, require_patches, switched
+from vlkit.addons.passes import Passes
+from vlkit.addons.pipeline import Pipeline
+from vlkit.addons.reference import Part, Reference
+from vlkit.addons.registry import make_addon
 from vlkit.addons.towers.maskclip import MaskClip, identity_map
+from vlkit.data.records import ImageRef, Record
 from vlkit.errors import ModelError
+from vlkit.features.model_card import card_of
+from vlkit.features.source import CachedEmbedder
 from vlkit.models.attention import attention_map
+from vlkit.models.embedder import Embedder
 from vlkit.models.open_clip_encoder import build_encoder
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+_FILE = io.BytesIO()
+Image.new("RGB", (40, 40), "red").save(_FILE, "PNG")
+PNG = _FILE.getvalue()
 VISION = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 16}
 
 
@@ -39,3 +55,20 @@ def test_towers_without_patches_in_the_joint_space() -> None:
 def test_grid() -> None:
     assert grid_of(12, (3, 4)) == (3, 4)
     assert grid_of(49, (4, 4)) == (7, 7)
+
+
+@pytest.mark.parametrize("name", ["calip", "pacl", "clearclip", "head_ablation"])
+def test_an_attention_pooled_tower_is_refused_by_what_needs_its_patches(name: str) -> None:
+    """As SigLIP's: its patches are mixed once more before they reach the joint space."""
+    pooled = {**VISION, "attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4}
+    encoder = build_encoder({"embed_dim": 24, "vision_cfg": pooled, "text_cfg": TEXT}).eval()
+    model = Embedder(encoder, "attention-pooled")
+    source = CachedEmbedder(lambda: model, None, card_of(model))
+    record = Record("one", ImageRef(data=PNG))
+    with pytest.raises(ModelError, match="an attention-pooled ViT"):
+        passes = Passes(source, local=True)
+        images = Part("train", Vectors("image", source.embed_images([record])), None, (record,))
+        given = Reference(images=images, class_names=(ClassName("a", ("a",)),), passes=passes)
+        settings = ":heads=0.0" if name == "head_ablation" else ""
+        pipeline = Pipeline([make_addon(name + settings)]).fit(given, source)
+        passes.read([record], pipeline.edits)

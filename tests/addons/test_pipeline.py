@@ -342,3 +342,18 @@ def test_synonyms_reduce_after_the_bias(source: Any, images: Vectors, reference:
     by_hand = torch.stack([similarity[:, 0], similarity[:, 1], similarity[:, 2:].amax(1)], dim=1)
     assert bank.shape == (1, 16)
     assert torch.allclose(found, 20 * by_hand, atol=1e-4)
+
+
+@dataclass(frozen=True)
+class Diverged(Plus):
+    """Learns a number that is none."""
+
+    learned_value: Tensor | None = learned()
+
+    def learn(self, reference: Any, embedder: Any, progress: Any = None) -> Any:
+        return replace(self, learned_value=torch.tensor([1.0, torch.nan]))
+
+
+def test_a_fit_that_diverged_is_refused(source: Any) -> None:
+    with pytest.raises(ConfigError, match="gave learned_value with values that are not finite"):
+        fitted(source, Diverged())

@@ -8,7 +8,8 @@ First every method takes a few steps in turn, with nothing else running, to lear
 trained for as many as fit into the time, with the schedule of a run of this length. Equal time is thus equal measured
 cost: what else runs during the trainings, and whether they were interrupted, changes no result. Run again, the command
 goes on where it stopped. Recall@10 is measured on the 1,000 test images with their 5 captions, with bootstrap
-intervals over queries; nothing is chosen there. `--trained` names a run of `flickr8k_small`: the teacher of the
+intervals over images; the distance to the plain run is paired, query by query and seed by seed. Nothing is chosen
+there. `--trained` names a run of `flickr8k_small`: the teacher of the
 distillation, and the frozen image tower of LiT; what it cost to train is not counted. FLIP needs a vision transformer
 and so has a plain run of its own beside it.
 """
@@ -57,7 +58,8 @@ class Result(NamedTuple):
     epochs: float
     seconds: float
     recall: Mapping[str, float]
-    interval: Mapping[str, tuple[float, float]]
+    hits: Mapping[str, list[float]]  # of each query of a direction, at 10
+    image: Mapping[str, list[str]]  # and the image it belongs to
 
 
 def count_steps(names: Sequence[str], arguments: argparse.Namespace) -> dict[str, int]:
@@ -117,16 +119,22 @@ def prepare_lit(trained: Path, seed: int, out: Path) -> str:
     return f"local-dir:{save_encoder(fresh, out / f'lit-start-{seed}')}"
 
 
-def evaluate(folder: Path, data: Path) -> tuple[Mapping[str, float], Mapping[str, tuple[float, float]]]:
-    """Recall@10 in both directions on the test split, and the intervals."""
+def evaluate(
+    folder: Path, data: Path
+) -> tuple[Mapping[str, float], Mapping[str, list[float]], Mapping[str, list[str]]]:
+    """Recall@10 in both directions on the test split, whether each query hit, and the image of each query."""
     from eval.retrieval import RetrievalEvaluator
     from vlkit import load_embedder
     from vlkit.data.sources import read_source
 
     evaluation = RetrievalEvaluator(read_source(str(data), split="test").records).run(load_embedder(f"run:{folder}"))
+    assert evaluation.per_item is not None
+    rows = evaluation.per_item.to_pylist()
+    own = {name: [row for row in rows if row["direction"] == name.split("/")[0]] for name in DIRECTIONS}
     return (
         {name: evaluation.metrics[name] for name in DIRECTIONS},
-        {name: evaluation.intervals[name] for name in DIRECTIONS},
+        {name: [row["hit@10"] for row in own[name]] for name in DIRECTIONS},
+        {name: [row["key"] for row in own[name]] for name in DIRECTIONS},
     )
 
 
@@ -148,34 +156,64 @@ def run_one(name: str, seed: int, steps: int, arguments: argparse.Namespace) -> 
 
 
 def table(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """One row a method: the mean over seeds, the interval of the first seed, and the distance to the plain run."""
+    """One row a method: means over seeds, and the distance to the plain runs of the same seeds with its interval."""
     rows = []
     for name in dict.fromkeys(result.method for result in results):
         own = [result for result in results if result.method == name]
         plain = {result.seed: result for result in results if result.method == METHODS[name].beside}
         row: dict[str, Any] = {"method": name, "beside": METHODS[name].beside, "seeds": len(own)}
-        row["steps"] = own[0].steps
-        row["epochs"] = statistics.mean(result.epochs for result in own)
+        row["steps"], row["epochs"] = own[0].steps, statistics.mean(result.epochs for result in own)
         for direction in DIRECTIONS:
             key = direction.split("/")[0]
             row[key] = statistics.mean(result.recall[direction] for result in own)
-            row[f"{key}_interval"] = own[0].interval[direction]
-            gaps = [r.recall[direction] - plain[r.seed].recall[direction] for r in own if r.seed in plain]
-            row[f"{key}_gap"] = statistics.mean(gaps) if gaps else None
+            row[f"{key}_interval"] = interval(own, direction)
+            pairs = [(plain[one.seed], one) for one in own if one.seed in plain and name != METHODS[name].beside]
+            row[f"{key}_gap"] = gap(pairs, direction) if pairs else None
         rows.append(row)
     return rows
 
 
+def interval(own: Sequence[Result], direction: str) -> tuple[float, float]:
+    """Of the mean over seeds; images are drawn with all their queries of all seeds."""
+    hits = [one.hits[direction] for one in own]
+    _, low, high = _paired([[0.0] * len(one) for one in hits], hits, own[0].image[direction])
+    return low, high
+
+
+def gap(pairs: Sequence[tuple[Result, Result]], direction: str) -> tuple[float, float, float]:
+    """Mean distance to the plain runs, and its 95% interval."""
+    first = [plain.hits[direction] for plain, _ in pairs]
+    second = [one.hits[direction] for _, one in pairs]
+    return _paired(first, second, pairs[0][1].image[direction])
+
+
+def _paired(
+    first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], images: Sequence[str]
+) -> tuple[float, float, float]:
+    """Of several seeds' hits; `images` names the image of each query."""
+    import torch
+
+    from eval.metrics import paired_difference
+
+    places = {key: place for place, key in enumerate(dict.fromkeys(images))}
+    units = torch.tensor([places[key] for key in images]).repeat(len(first))
+    one, other = (torch.tensor(hits).flatten() for hits in (first, second))
+    found = paired_difference(one, other, units=units, num_permutations=1)
+    return found.difference, found.low, found.high
+
+
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    print(f"{'method':<10} {'steps':>8} {'epochs':>7}   {'image to text R@10':<34} {'text to image R@10':<34}")
+    print(f"{'method':<10} {'steps':>6} {'epochs':>7}   {'image to text R@10':<52} {'text to image R@10':<52}")
     for row in rows:
         cells = []
         for key in ("image_to_text", "text_to_image"):
             low, high = row[f"{key}_interval"]
-            gap = row[f"{key}_gap"]
-            beside = "" if gap is None or row["method"] == row["beside"] else f" {gap:+.3f} beside {row['beside']}"
-            cells.append(f"{row[key]:.3f} [{low:.3f}, {high:.3f}]{beside}")
-        print(f"{row['method']:<10} {row['steps']:>8} {row['epochs']:>7.1f}   {cells[0]:<34} {cells[1]:<34}")
+            beside = ""
+            if row[f"{key}_gap"] is not None:
+                change, least, most = row[f"{key}_gap"]
+                beside = f" {100 * change:+.1f} [{100 * least:+.1f}, {100 * most:+.1f}] beside {row['beside']}"
+            cells.append(f"{100 * row[key]:.1f} [{100 * low:.1f}, {100 * high:.1f}]{beside}")
+        print(f"{row['method']:<10} {row['steps']:>6} {row['epochs']:>7.1f}   {cells[0]:<52} {cells[1]:<52}")
 
 
 def main() -> None:
@@ -199,7 +237,8 @@ def main() -> None:
         for name in names:
             results.append(run_one(name, seed, steps[name], arguments))
             if arguments.json:
-                print(json.dumps(results[-1]._asdict()), flush=True)
+                brief = {key: value for key, value in results[-1]._asdict().items() if key not in ("hits", "image")}
+                print(json.dumps(brief), flush=True)
     rows = table(results)
     if arguments.json:
         for row in rows:

@@ -105,6 +105,9 @@ def test_adapt_says_what_is_wrong(call_vlkit: Callable[..., Any], model: str, pi
     assert "Did you mean tip_adapter" in told("tip_adaptor")
     assert "Class 'blue thing' has 8 images, too few for 9 shots" in told("tip_adapter", "--shots", 9)
     assert "bank of 100 unlabelled images was asked for" in told("distribution_norm", "--shots", 2)
+    for method in ("tda", "tfup"):  # they have no images of their own to learn from
+        refused = told(method, "--shots", 2)
+        assert f"{method} needs test_stream (the test images themselves: nothing is fitted beforehand" in refused
     few = call_vlkit(
         "adapt", "tip_adapter", "--model", model, "--data", pictures / "classes", "--shots", 7, "--out", tmp_path / "y"
     )
@@ -180,3 +183,12 @@ def test_retrieve_with_a_saved_bias(call_vlkit: Callable[..., Any], model: str, 
     assert [item["id"] for item in found["results"]] == sorted(by_hand, key=lambda name: -by_hand[name])
     unfitted = call_vlkit(*search, "--addon", "mean")
     assert unfitted.code == 1 and "not fitted" in unfitted.err
+
+
+def test_a_stream_is_the_tested_images_and_the_result_says_so(
+    call_vlkit: Callable[..., Any], model: str, pictures: Path, tmp_path: Path
+) -> None:
+    data = ("--model", model, "--data", pictures / "classes", "--out", tmp_path / "r.jsonl", "--json")
+    found = json.loads(call_vlkit("eval", "classification", *data, "--addon", "tda").out)["protocol"]
+    assert found["transductive"] is True and found["stream"] == "images in the order of the data"
+    assert found["addons"][0]["fitted_on"] == {"class_names": "3", "test_stream": "test: 24, unlabelled"}

@@ -3,10 +3,12 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from vlkit.models.load import pick_precision
 from vlkit.models.open_clip_encoder import build_encoder
 from vlkit.models.saved import save_encoder
 
@@ -90,3 +92,32 @@ def test_missing_and_empty_folders(call_vlkit, model, tmp_path):
     (tmp_path / "empty").mkdir()
     called = call_vlkit("classify", tmp_path / "empty", "--model", model, "--classes", "a,b")
     assert called.code == 1 and "image" in called.err
+
+
+def test_a_second_run_goes_through_no_tower_and_classes_are_those_of_fp32(call_vlkit, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLKIT_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "many"
+    folder.mkdir()
+    colors = np.random.default_rng(0).integers(0, 256, (40, 2, 2, 3), dtype=np.uint8)
+    for number, blocks in enumerate(colors):
+        Image.fromarray(blocks).resize((32, 32)).save(folder / f"{number}.png")
+    passes = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, _: passes.append(module))
+    try:
+        command = ("classify", folder, "--model", model, "--classes", "dog,cat,house,tree,a red car", "--json")
+        first, num_first = call_vlkit(*command), len(passes)
+        second = call_vlkit(*command)
+        assert first.code == second.code == 0 and num_first > 0 and len(passes) == num_first
+        call_vlkit(*command[:-1], "--report", tmp_path / "r.html")
+        assert len(passes) == num_first
+    finally:
+        hook.remove()
+    assert first.out == second.out
+    exact = call_vlkit(*command, "--precision", "fp32", "--no-cache")
+
+    def classes(called):
+        return [json.loads(line)["classes"][0]["name"] for line in called.out.splitlines()]
+
+    assert classes(exact) == classes(first)
+    if pick_precision("auto", torch.device("cpu")) == "bf16":
+        assert "of 40 images, bf16's closest calls, were classified in fp32" in first.err

@@ -58,7 +58,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tar.add(path, f"s{number:07d}.png")
             tar.add(root / "caption", f"s{number:07d}.txt")
     (root / "caption").unlink()
+    add_multi_label(root)
     return root
+
+
+def add_multi_label(root: Path) -> None:
+    """The same pictures with any number of three classes each, as CLIP_benchmark keeps VOC2007."""
+    import tarfile
+
+    folder = root / "wds" / "voc"
+    (folder / "test").mkdir(parents=True)
+    (folder / "dataset_type.txt").write_text("multilabel")
+    (folder / "classnames.txt").write_text("wing\nwheel\nsky")
+    (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.")
+    with tarfile.open(folder / "test" / "0.tar", "w") as tar:
+        for number, path in enumerate(sorted((root / "cifar10").rglob("*.png"))):
+            np.save(root / "labels.npy", np.array([number % 2, number % 3 == 0, 1]))
+            tar.add(path, f"s{number:07d}.png")
+            tar.add(root / "labels.npy", f"s{number:07d}.npy")
+    (root / "labels.npy").unlink()
 
 
 def lines_of(out: Path) -> list[dict[str, Any]]:
@@ -76,14 +94,20 @@ def test_suite_compare_and_report(
     assert "precision" in first.out and "reference (pillow), EXIF ignored" in first.err and "fp32" in first.err
     lines = [json.loads(line) for line in first.out.splitlines()]
     assert [(line["protocol"]["name"], line["protocol"]["precision"]) for line in lines] == [
-        ("cifar10-18", "fp32"), ("wds/pairs", "fp32")] * 2  # fmt: skip
+        ("cifar10-18", "fp32"), ("wds/pairs", "fp32"), ("wds/voc", "fp32")] * 2  # fmt: skip
+    assert lines[2]["task"] == "multi-label" and lines[2]["counts"]["classes"] == 3
     again = call_vlkit(*suite)
-    assert again.code == 0 and again.err.count("already there") == 4 and "mean_recall@1" in again.out
-    assert len(lines_of(tmp_path / "r")) == 4
+    assert again.code == 0 and again.err.count("already there") == 6 and "mean_recall@1" in again.out
+    assert len(lines_of(tmp_path / "r")) == 6
 
-    compared = call_vlkit("eval", "compare", f"{tmp_path / 'r'}#1", f"{tmp_path / 'r'}#3", "--json")
+    compared = call_vlkit("eval", "compare", f"{tmp_path / 'r'}#1", f"{tmp_path / 'r'}#4", "--json")
     assert compared.code == 0, compared.err
     assert {"accuracy@1", "mean_per_class_recall"} <= set(json.loads(compared.out)["metrics"])
+    several = call_vlkit("eval", "compare", f"{tmp_path / 'r'}#3", f"{tmp_path / 'r'}#6", "--json")
+    assert several.code == 0, several.err
+    row = json.loads(several.out)["metrics"]["mean_average_precision"]
+    expected = [lines[n]["metrics"]["mean_average_precision"] for n in (2, 5)]
+    assert [row["first"], row["second"]] == pytest.approx(expected, abs=1e-6)
     refused = call_vlkit("eval", "compare", f"{tmp_path / 'r'}#1", f"{tmp_path / 'r'}#2")
     assert refused.code == 1 and "different protocols" in refused.err
 
@@ -91,7 +115,11 @@ def test_suite_compare_and_report(
     assert report.code == 0, report.err
     page = Path(json.loads(report.out)["page"]).read_text(encoding="utf-8")
     assert page.count("<script>") == 1 and "&lt;script&gt;document.title" in page
-    assert (tmp_path / "page" / "table.md").read_text().startswith("| model | cifar10-18 | wds/pairs | mean of 2 |")
+    assert (
+        (tmp_path / "page" / "table.md")
+        .read_text()
+        .startswith("| model | cifar10-18 | wds/pairs | wds/voc | mean of 3 |")
+    )
 
 
 def test_what_is_missing_is_said(models: list[str], data: Path, tmp_path: Path, call_vlkit: Callable[..., Any]) -> None:
@@ -136,6 +164,25 @@ def test_a_suite_killed_at_any_moment_continues(models: list[str], data: Path, t
     assert last.returncode == 0
     assert said.count("already there") == len(before)  # nothing finished is repeated
     assert lines_of(tmp_path / "killed") == lines_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_ranks_of_torchrun_share_a_suite(models: list[str], data: Path, tmp_path: Path) -> None:
+    arguments = ["eval", "suite", "--models", ",".join(models), "--protocols", "cifar10-18", "--data", str(data),
+                 "--wds", str(data / "wds"), "--no-cache", "--device", "cpu", "--out"]  # fmt: skip
+    program = tmp_path / "vlkit_eval.py"
+    program.write_text("from vlkit.cli import main; main()")
+    for processes, out in ((1, "one"), (2, "two")):
+        ran = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+             str(program), *arguments, str(tmp_path / out)],
+            capture_output=True, text=True, timeout=400, check=False,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        # Each of the six evaluations is done by one of the processes.
+        assert ran.stderr.count(": done; fingerprint") == 6
+    assert lines_of(tmp_path / "two") == lines_of(tmp_path / "one")
+    assert len((tmp_path / "two" / "results.jsonl").read_text().splitlines()) == 6
 
 
 @pytest.mark.slow

@@ -30,8 +30,18 @@ def model(tmp_path):
 @pytest.mark.parametrize("method", ["decomposition", "legrad", "relevance"])
 def test_pictures(call_vlkit, model, tmp_path, method):
     called = call_vlkit(
-        "interpret", method, tmp_path / "images", "--model", model, "--text", "a dog", "--text", "$\\frac{",
-        "--out", tmp_path / "out", "--json",
+        "interpret",
+        method,
+        tmp_path / "images",
+        "--model",
+        model,
+        "--text",
+        "a dog",
+        "--text",
+        "$\\frac{",
+        "--out",
+        tmp_path / "out",
+        "--json",
     )
     assert called.code == 0, called.err
     lines = json.loads(called.out)
@@ -43,8 +53,20 @@ def test_pictures(call_vlkit, model, tmp_path, method):
 def test_heads(call_vlkit, model, tmp_path):
     (tmp_path / "texts.txt").write_text("a red thing\n\na green thing\nthe sea\n")
     called = call_vlkit(
-        "interpret", "text_span", tmp_path / "images", "--model", model, "--texts", tmp_path / "texts.txt",
-        "--out", tmp_path / "out", "--last-layers", "1", "--num-texts", "2", "--json",
+        "interpret",
+        "text_span",
+        tmp_path / "images",
+        "--model",
+        model,
+        "--texts",
+        tmp_path / "texts.txt",
+        "--out",
+        tmp_path / "out",
+        "--last-layers",
+        "1",
+        "--num-texts",
+        "2",
+        "--json",
     )
     assert called.code == 0, called.err
     lines = json.loads(called.out)

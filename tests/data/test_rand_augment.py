@@ -64,9 +64,9 @@ def test_settings_that_make_no_sense() -> None:
 
 def test_the_run_file_reaches_it() -> None:
     from vlkit.config import AugmentSettings
-    from vlkit.training.assemble import _augment
+    from vlkit.training.assemble import make_augment
 
     settings = AugmentSettings.model_validate({"rand_augment": {"num_ops": 3, "magnitude": 5}, "dct_scale": 1})
-    augment = _augment(settings)
+    augment = make_augment(settings)
     assert augment is not None and augment.rand_augment == RandAugment(3, 5) and augment.dct_scale == 1
-    assert _augment(AugmentSettings()) == Augment() and _augment(None) is None
+    assert make_augment(AugmentSettings()) == Augment() and make_augment(None) is None

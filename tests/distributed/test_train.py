@@ -39,6 +39,45 @@ def write_shards(folder: Path) -> None:
                 tar.addfile(member, io.BytesIO(content))
 
 
+def write_photographs(folder: Path) -> None:
+    """12 photographs in class folders, and with an object each in COCO's form."""
+    pixels = np.random.default_rng(1)
+    (folder / "annotations").mkdir(parents=True)
+    images, things = [], []
+    for i in range(12):
+        name = f"{i:012d}.png"
+        for place in (folder / "classes" / WORDS[i % 3], folder / "val2017"):
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.integers(0, 256, (40, 56, 3), dtype=np.uint8)).save(place / name)
+        images.append({"id": i, "file_name": name, "height": 40, "width": 56})
+        shape = [[0, 0, 20 + 2 * i, 0, 20 + 2 * i, 30, 0, 30]]
+        things.append({"id": i, "image_id": i, "category_id": i % 3, "bbox": [0, 0, 20 + 2 * i, 30], "iscrowd": 0,
+                       "area": 600 + 60 * i, "segmentation": shape})  # fmt: skip
+    categories = [{"id": n, "name": WORDS[n]} for n in range(3)]
+    content = {"images": images, "annotations": things, "categories": categories}
+    (folder / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+
+
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    """Those that embed images, embed texts, look at patches, or train something of their own."""
+    classes, scenes = str(folder / "photographs" / "classes"), str(folder / "photographs")
+    chosen = [
+        ("retrieval", str(folder / "shards"), {}),
+        ("text-similarity", str(folder / "shards"), {}),
+        ("classification", classes, {"templates": "photo"}),
+        ("knn", classes, {"k": [1, 3]}),
+        ("probe", classes, {}),
+        ("segmentation", scenes, {"templates": "photo"}),
+        ("pointing", scenes, {"method": "patches"}),
+        ("explanation", scenes, {"method": "legrad"}),
+        ("vocabulary-free", classes, {"captions": str(folder / "shards")}),
+    ]
+    return [
+        {"name": name, "data": data, "options": options, "every": f"{2 + place % 2} steps"}
+        for place, (name, data, options) in enumerate(chosen)
+    ]
+
+
 def settings(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
     """A tiny ViT, both losses, duplicates left out, averaged weights."""
     text = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
@@ -46,7 +85,10 @@ def settings(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
     data = {"train": str(folder / "shards"), "global_batch_size": 8, "captions_per_image": 2, "workers": 0}
     return {
         "run": {"out": str(folder / out), "steps": STEPS, "seed": 3, "device": "cpu", **changes.pop("run", {})},
-        "model": {"architecture": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}},
+        "model": {
+            "architecture": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text},
+            **changes.pop("model", {}),
+        },
         "data": {**data, **changes.pop("data", {})},
         "loss": {"clip": {"weight": 0.5, "duplicates": "mask"}, "sigmoid": 1.0},
         # A large eps: Adam turns the rounding errors of gradients that are really zero into full steps otherwise.
@@ -55,6 +97,13 @@ def settings(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
         "eval": [{"name": "retrieval", "data": str(folder / "shards"), "every": "3 steps"}],
         **changes,
     }
+
+
+def adapted(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
+    """LoRA beside averaged weights, with patch dropout and a first stage of small images and short texts."""
+    model = {"lora": {"rank": 2, "alpha": 32, "targets": ["q", "v", "mlp"]}, "patch_dropout": 0.25}
+    stages = [{"length": 4, "image_size": 16, "text_length": 6}, {}]
+    return settings(folder, out, model={**model, "patch_dropout_tail": 1}, stages=stages, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +115,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("runs")
     write_shards(folder / "shards")
+    write_photographs(folder / "photographs")
+    # Steps too small for float32: both trainings keep the very same weights, so that a hit is a hit in both.
+    many = {"eval": evaluations(folder), "optim": {"lr": 1e-30}, "checkpoint": {"every": f"{STEPS} steps"}}
     fsdp = {"parallel": "fsdp"}
     pairs = [
         (settings(folder, "ddp"), False, 0),
@@ -75,6 +127,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (settings(folder, "mixed"), True, 5),
         (settings(folder, "mixed", run=fsdp), True, 0),
         (settings(folder, "stopped", run=fsdp), False, 3),
+        (settings(folder, "many", **many), False, 0),
+        (adapted(folder, "adapted", run=fsdp), False, 3),
+        (adapted(folder, "adapted"), True, 5),
+        (adapted(folder, "adapted", run=fsdp), True, 0),
         (settings(folder, "odd", data={"global_batch_size": 7}), False, 0),
     ]
     runs = [{"settings": run, "resume": resume, "stop": stop} for run, resume, stop in pairs]
@@ -90,6 +146,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     run = load_run(settings(folder, "one"))
+    pretrain(run, every=make_every(run))
+    run = load_run(settings(folder, "many_one", **many))
+    pretrain(run, every=make_every(run))
+    run = load_run(adapted(folder, "one_adapted"))
     pretrain(run, every=make_every(run))
     shutil.copytree(folder / "stopped", folder / "continued")
     run = load_run(settings(folder, "continued"))
@@ -118,12 +178,37 @@ def test_the_weights_are_those_of_one_process(folder: Path, name: str) -> None:
         assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-4)
 
 
+def test_lora_averages_and_stages_are_those_of_one_process(folder: Path) -> None:
+    """Saved by FSDP in the first stage, by DDP in the second, and resumed by the other one."""
+    for model in ("model", "model_ema"):
+        assert largest_difference(folder / "one_adapted" / model, folder / "adapted" / model) < 1e-5
+    assert largest_difference(folder / "adapted" / "model", folder / "adapted" / "model_ema") > 1e-4
+    lines = [steps_of(folder / name) for name in ("one_adapted", "adapted")]
+    for a, b in zip(*lines, strict=True):
+        assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-4)
+    state = load_file(folder / "adapted" / "checkpoints" / f"step_{STEPS:08d}" / "optimizer.safetensors")
+    trained = {name.rpartition("|")[0] for name in state if name.startswith("optimizer.")}
+    assert {".up." in name or ".down." in name for name in trained if "logit" not in name} == {True}
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_shared_evaluations_give_the_numbers_of_one_process(folder: Path, name: str) -> None:
     ours, theirs = ([line["eval"] for line in steps_of(folder / run) if "eval" in line] for run in (name, "one"))
     assert len(ours) == 2 and len(ours[0]) >= 6
     for a, b in zip(ours, theirs, strict=True):
         assert a == pytest.approx(b)
+
+
+def test_every_kind_of_evaluation_is_shared_at_its_own_cadence(folder: Path) -> None:
+    ours, theirs = ([line for line in steps_of(folder / run) if "eval" in line] for run in ("many", "many_one"))
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [2, 3, 4, 6]
+    written = set(ours[-1]["eval"])
+    for key in ("text_to_image/recall@1", "accuracy@1", "knn/accuracy@1/3_neighbours", "probe/accuracy@1",
+                "segmentation/mean_iou", "pointing/hits", "explanation/deletion", "text-similarity/cmc@1",
+                "vocabulary-free/semantic_similarity"):  # fmt: skip
+        assert key in written, key
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["eval"] == pytest.approx(b["eval"], abs=1e-5)
 
 
 def test_checkpoints_are_whole_whatever_the_layout(folder: Path) -> None:

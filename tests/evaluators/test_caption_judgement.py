@@ -11,6 +11,7 @@ from PIL import Image
 from scipy.stats import kendalltau
 
 from eval.caption_judgement import (
+    PREFIX,
     CaptionJudgementEvaluator,
     clip_score,
     read_flickr8k_judgements,
@@ -59,6 +60,15 @@ def test_the_formula_by_hand_on_ten_rows() -> None:
     assert ref_clip_score(image, caption, references).tolist() == pytest.approx(expected, abs=1e-5)
     # 30 degrees, worked out: 2 x 2.165064 x 0.866025 / 3.031089 = 1.237179.
     assert expected[1] == pytest.approx(1.237179, abs=1e-5)
+
+
+def test_scores_without_an_order_have_no_tau(miniature: Path, named_vectors: Callable[..., Any]) -> None:
+    sets = read_flickr8k_judgements(miniature)
+    texts = {PREFIX + item.caption: [-1.0, 0.0] for one in sets for item in one.judgements}
+    texts |= {PREFIX + text: [-1.0, 0.0] for one in sets for item in one.judgements for text in item.references}
+    source = named_vectors({**texts, **{key: [1.0, 0.0] for key in CAPTIONS}})
+    evaluation = CaptionJudgementEvaluator(sets).run(source)
+    assert not evaluation.metrics and evaluation.counts["expert_clip_score_without_order"] == 9
 
 
 def test_conventions_of_the_two_sets(miniature: Path) -> None:

@@ -13,7 +13,7 @@ from sklearn.metrics import average_precision_score, jaccard_score
 
 from eval.coco_instances import Box, Instance, Scene, Scenes
 from eval.explanation import ExplanationEvaluator, area, largest_thing, perturbed
-from eval.heat import HeatMaps
+from eval.heat import HeatMaps, class_vectors
 from eval.pointing import PointingEvaluator, highest_point
 from vlkit.data.records import ImageRef, Problems, Record
 from vlkit.errors import ConfigError
@@ -30,6 +30,10 @@ def source() -> CachedEmbedder:
     torch.manual_seed(0)
     encoder = build_encoder({"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT}).eval()
     return CachedEmbedder(lambda: Embedder(encoder, "tiny"), None)
+
+
+def heat_of(source: CachedEmbedder, scenes: Scenes, method: str) -> HeatMaps:
+    return HeatMaps(source.embedder.encoder, class_vectors(source, scenes.names, "a {}"), method)
 
 
 def thing(category: int, left: float, top: float, width: float, height: float) -> Instance:
@@ -74,7 +78,7 @@ def test_pointing_by_patches_against_a_loop(source: CachedEmbedder, scenes: Scen
     assert evaluation.per_item is not None
     encoder, rows = source.embedder.encoder, evaluation.per_item.to_pylist()
     for scene in scenes.images:
-        pixels = HeatMaps(source, scenes.names, "a {}", "patches").pixels(scene.record)
+        pixels = heat_of(source, scenes, "patches").pixels(scene.record)
         with torch.no_grad():
             patches = encoder.encode_patches(pixels[None])[0]
         for name in ("dog", "cat"):
@@ -107,7 +111,7 @@ def test_perturbation_takes_the_hottest_patch_first() -> None:
 @pytest.mark.parametrize("method", ["patches", "decomposition", "legrad", "relevance"])
 def test_against_scikit_learn_and_a_loop(source: CachedEmbedder, scenes: Scenes, method: str) -> None:
     evaluation = ExplanationEvaluator(scenes, method, "a {}").run(source)
-    heat = HeatMaps(source, scenes.names, "a {}", method)
+    heat = heat_of(source, scenes, method)
     truths, given, precisions, deletions = [], [], [], []
     classes = source.embed_texts([f"a {name}" for name in scenes.names])
     for scene in scenes.images:

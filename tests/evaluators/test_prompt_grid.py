@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from eval.prompt_grid import RESULTS, Grid, PromptSet, draw, run_grid
-from eval.prompt_table import rows_of
+from eval.prompt_table import rows_of, write_table
 from vlkit.addons.class_names import parse_class
 from vlkit.addons.few_shot import sample_few_shot
 from vlkit.data.records import ImageRef, Record
@@ -126,6 +126,32 @@ def test_rows_average_and_say_what_it_costs(tmp_path: Path) -> None:
     assert (plain.trained, plain.steps) == (0, 0) and (coop.trained, coop.steps) == (2 * 16, 2)
     assert probe.accuracy["new"] is None and probe.harmonic_mean is None and probe.accuracy["base"] is not None
     assert cocoop.text_for_each_image and not coop.text_for_each_image
+    pairs = {one: [line for line in lines if line["method"] == methods[one]] for one in (0, 1)}
+    apart = [b["metrics"]["new"] - a["metrics"]["new"] for a, b in zip(*pairs.values(), strict=True)]
+    gain = coop.gain["new"]
+    assert gain is not None and gain[0] == pytest.approx(sum(apart) / 2) and gain[1] <= gain[0] <= gain[2]
+    assert plain.gain["new"] is None and probe.gain["new"] is None and coop.cpu_seconds > 0
+    write_table(tmp_path / "table.md", "Colours", [plain, coop, probe, cocoop], "base-to-new")
+    table = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert table[0] == "# Colours" and len([line for line in table if line.startswith("| ")]) == 6
+    assert table[2].count("|") == table[4].count("|") == 13 and "new over zero-shot" in table[2]
+
+
+def test_gains_are_those_of_the_same_images() -> None:
+    def line(method: str, hits: list[float]) -> dict[str, Any]:
+        return {
+            "method": method, "shots": 1, "seed": 1, "data": "d", "keys": {"new": list("abcd")}, "hits": {"new": hits},
+            "metrics": {"new": sum(hits) / 4},
+            "cost": {"train_seconds": 1.0, "train_cpu_seconds": 1.0, "steps": 1, "trained": 1, "text_seconds": 0.0,
+                     "image_seconds": 0.0, "text_for_each_image": False},
+        }  # fmt: skip
+
+    before = line("zero-shot", [1.0, 0.0, 0.0, 0.0])
+    _, same, better = rows_of([before, line("coop", [1.0, 0.0, 0.0, 0.0]), line("kgcoop", [1.0, 1.0, 1.0, 1.0])])
+    assert same.gain["new"] == (0.0, 0.0, 0.0)  # however wide the interval of either is
+    assert same.interval["new"] is not None and same.interval["new"][1] > 0.5
+    assert better.gain["new"] is not None and better.gain["new"][0] == 0.75
+    assert rows_of([line("coop", [1.0, 0.0, 0.0, 0.0])])[0].gain["new"] is None  # nothing to compare with
 
 
 def test_transfer_tests_every_set_and_time_is_limited(tmp_path: Path) -> None:

@@ -4,10 +4,13 @@ import dataclasses
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from eval.folds import FoldedRetrieval
+from eval.multi_label import MultiLabelEvaluator
 from eval.protocol_data import find_data, prepare, wds_protocols
 from eval.protocols import PROTOCOLS, TEMPLATES, Protocol, find_protocol
 from eval.published import compare_with_published
@@ -80,7 +83,7 @@ def test_caltech_drops_faces_easy_and_renames_four_classes(tmp_path: Path) -> No
     names = ["Faces", "Faces_easy", "Leopards", "Motorbikes", "airplanes", "sea_horse"]
     protocol = dataclasses.replace(PROTOCOLS["caltech101"], num_classes=5)
     prepared = prepare(protocol, class_folders(tmp_path / "caltech101", names))
-    (evaluator,) = prepared.evaluators
+    evaluator = prepared.evaluator
     assert tuple(evaluator.class_names) == ("face", "leopard", "motorbike", "airplane", "sea horse")  # type: ignore[union-attr]
     keys = {(record.key.split("/")[0], record.label) for record in evaluator.records}
     assert keys == {("Faces", 0), ("Leopards", 1), ("Motorbikes", 2), ("airplanes", 3), ("sea_horse", 4)}
@@ -92,7 +95,7 @@ def test_base_and_new_classes_are_halves_of_which_each_is_judged_alone(tmp_path:
     seen = []
     for half in ("base", "new"):
         protocol = dataclasses.replace(PROTOCOLS[f"caltech101-{half}"], num_classes=5, excluded=())
-        (evaluator,) = prepare(protocol, place).evaluators
+        evaluator = prepare(protocol, place).evaluator
         seen.append(tuple(evaluator.class_names))  # type: ignore[union-attr]
         assert {record.label for record in evaluator.records} == set(range(len(seen[-1])))
     assert seen == [("ant", "bee", "cat"), ("dog", "elk")]  # CoOp: the larger half is base
@@ -104,7 +107,7 @@ def test_imagenet_names_follow_the_sorted_folders_and_may_repeat(tmp_path: Path)
         (place / f"n{number:08d}").mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(place / f"n{number:08d}" / "0.png")
     protocol = dataclasses.replace(PROTOCOLS["imagenet-80"], num_images=1000)
-    (evaluator,) = prepare(protocol, place).evaluators
+    evaluator = prepare(protocol, place).evaluator
     assert tuple(evaluator.class_names) == imagenet_class_names()  # type: ignore[union-attr]
     assert [record.label for record in evaluator.records] == list(range(1000))
 
@@ -132,14 +135,15 @@ def test_folds_are_equal_and_the_first_captions_are_taken(tmp_path: Path) -> Non
     (tmp_path / "t.csv").write_text("\n".join(rows))
     protocol = Protocol("p", "p", "retrieval", (), "mean_recall@1", captions=2, folds=3)
     prepared = prepare(protocol, tmp_path / "t.csv")
-    assert [len(evaluator.records) for evaluator in prepared.evaluators] == [2, 2, 2]
-    assert {len(record.captions) for evaluator in prepared.evaluators for record in evaluator.records} == {2}
+    assert isinstance(prepared.evaluator, FoldedRetrieval) and prepared.evaluator.folds == 3
+    assert {len(record.captions) for record in prepared.evaluator.records} == {2}
     with pytest.raises(DataError, match="4 equal folds"):
         prepare(dataclasses.replace(protocol, folds=4), tmp_path / "t.csv")
 
 
 def test_the_wds_layout_makes_protocols_of_its_own(tmp_path: Path) -> None:
-    for name, kind in (("vtab-x", None), ("pairs", "retrieval")):
+    several = {0: [1, 0, 0], 1: [1, 0, 1], 2: [0, 0, 0]}
+    for name, kind in (("vtab-x", None), ("pairs", "retrieval"), ("voc", "multilabel")):
         folder = tmp_path / name
         (folder / "test").mkdir(parents=True)
         with tarfile.open(folder / "test" / "0.tar", "w") as tar:
@@ -147,18 +151,30 @@ def test_the_wds_layout_makes_protocols_of_its_own(tmp_path: Path) -> None:
                 Image.new("RGB", (8, 8), (number, 9, 9)).save(tmp_path / "i.png")
                 (tmp_path / "label").write_text(f"caption {number}" if kind else str(number % 2))
                 tar.add(tmp_path / "i.png", f"s{number:07d}.png")
-                tar.add(tmp_path / "label", f"s{number:07d}.{'txt' if kind else 'cls'}")
+                if kind == "multilabel":
+                    with (tmp_path / "label").open("wb") as file:
+                        np.save(file, np.array(several[number]))
+                suffix = {None: "cls", "retrieval": "txt", "multilabel": "npy"}[kind]
+                tar.add(tmp_path / "label", f"s{number:07d}.{suffix}")
         if kind:
             (folder / "dataset_type.txt").write_text(kind)
-        else:
-            (folder / "classnames.txt").write_text("ant_hill\nbee")
+        if kind != "retrieval":
+            (folder / "classnames.txt").write_text("ant_hill\nbee" + ("\ncat" if kind else ""))
             (folder / "zeroshot_classification_templates.txt").write_text("a {c}.\nthe {c}.")
     found = wds_protocols(tmp_path)
     assert [(p.name, p.task) for p, _ in found.values()] == [
         ("wds/pairs", "retrieval"),
+        ("wds/voc", "multi-label"),
         ("wds/vtab-x", "classification"),
     ]
-    (evaluator,) = prepare(*found["vtab-x"]).evaluators
+    voc = prepare(*found["voc"])
+    assert isinstance(voc.evaluator, MultiLabelEvaluator) and voc.protocol.metric == "mean_average_precision"
+    assert [record.labels for record in voc.evaluator.records] == [(0,), (0, 2), ()]
+    (tmp_path / "voc" / "dataset_type.txt").write_text("boxes")
+    with pytest.raises(DataError, match="says 'boxes'; expected classification, multilabel or retrieval"):
+        wds_protocols(tmp_path)
+    (tmp_path / "voc" / "dataset_type.txt").write_text("multilabel")
+    evaluator = prepare(*found["vtab-x"]).evaluator
     assert tuple(evaluator.class_names) == ("ant_hill", "bee")  # type: ignore[union-attr]
     assert tuple(evaluator.templates) == ("a {}.", "the {}.")  # type: ignore[union-attr]
     with pytest.raises(DataError, match="No data set in CLIP_benchmark's wds layout"):
@@ -167,6 +183,6 @@ def test_the_wds_layout_makes_protocols_of_its_own(tmp_path: Path) -> None:
 
 def test_real_flickr8k_and_caltech_are_what_the_protocols_demand(vlkit_data: Path) -> None:
     flickr = prepare(PROTOCOLS["flickr8k-test"], find_data(PROTOCOLS["flickr8k-test"], vlkit_data))
-    assert sum(len(record.captions) for record in flickr.evaluators[0].records) == 5000
+    assert sum(len(record.captions) for record in flickr.evaluator.records) == 5000
     caltech = prepare(PROTOCOLS["caltech101"], find_data(PROTOCOLS["caltech101"], vlkit_data))
-    assert len(caltech.evaluators[0].class_names) == 100  # type: ignore[union-attr]
+    assert len(caltech.evaluator.class_names) == 100  # type: ignore[union-attr]

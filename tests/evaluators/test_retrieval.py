@@ -1,6 +1,6 @@
 """The retrieval evaluator with an encoder made by hand, whose answers are known."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -149,3 +149,25 @@ def test_features_that_are_not_finite_are_refused(encoder: HandMade) -> None:
     encoder.texts["is b"] = [float("nan"), 0.0, 0.0]
     with pytest.raises(GalleryError, match=r"1 of 2 texts \(first: 'is b'"):
         RetrievalEvaluator([record("a", "is a"), record("b", "is b")]).run(encoder)
+
+
+def test_true_recall_counts_every_caption(named_vectors: Callable[..., Any]) -> None:
+    """Against CLIP_benchmark's own steps, image by image, with one to four captions each."""
+    records = [
+        Record(f"i{n}", ImageRef(data=b""), tuple(f"caption {n} {copy}" for copy in range(1 + n % 4))) for n in range(9)
+    ]
+    source = named_vectors(dim=5)
+    evaluation = RetrievalEvaluator(records, ks=(1, 5), true_recall=True).run(source)
+    captions = [(row, text) for row, record in enumerate(records) for text in record.captions]
+    for k in (1, 5):
+        recalls = []
+        for row, record in enumerate(records):
+            scores = [float(source.vector(record.key) @ source.vector(text)) for _, text in captions]
+            first = sorted(range(len(captions)), key=lambda place: -scores[place])[:k]
+            recalls.append(sum(captions[place][0] == row for place in first) / len(record.captions))
+        assert evaluation.metrics[f"image_to_text/true_recall@{k}"] == pytest.approx(sum(recalls) / len(recalls))
+    low, high = evaluation.intervals["image_to_text/true_recall@5"]
+    assert low <= evaluation.metrics["image_to_text/true_recall@5"] <= high
+    plain = RetrievalEvaluator(records, ks=(1, 5)).run(source)
+    assert not any("true" in key for key in plain.metrics)
+    assert {key: evaluation.metrics[key] for key in plain.metrics} == plain.metrics

@@ -1,10 +1,12 @@
 """Accuracy by group, counted by hand."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from eval.classification import ClassificationEvaluator
 from eval.worst_group import WorstGroupEvaluator, read_groups
@@ -57,3 +59,27 @@ def test_the_table_of_groups(tmp_path: Path) -> None:
         read_groups(table, "file", "place")
     with pytest.raises(DataError, match="None of the 6 images is among the 1 keys"):
         WorstGroupEvaluator(classification(), {"other.jpg": "x"})
+
+
+def test_a_head_taken_out_is_measured_group_by_group(call_vlkit: Any, general_encoder: Path, tmp_path: Path) -> None:
+    rows = ["file,ground"]
+    for split in ("train", "test"):
+        for label, name in enumerate(("dog", "boat")):
+            place = tmp_path / split / name
+            place.mkdir(parents=True)
+            for number in range(4):
+                ground = "blue" if number % 2 else "green"
+                Image.new("RGB", (40, 40), ground).save(place / f"{split}{label}{number}.png")
+                rows.append(f"{split}{label}{number}.png,{ground}")
+    (tmp_path / "groups.csv").write_text("\n".join(rows) + "\n")
+    command = ("eval", "worst-group", "--model", f"local-dir:{general_encoder}", "--data", tmp_path / "test",
+               "--groups", tmp_path / "groups.csv", "--group-column", "ground", "--no-cache", "--json",
+               "--out", tmp_path / "results.jsonl")  # fmt: skip
+    plain = json.loads(call_vlkit(*command).out)
+    ablation = ("--addon", "head_ablation:heads=5.0+5.1", "--reference", tmp_path / "train")
+    found = json.loads(call_vlkit(*command, *ablation).out)
+    assert plain["counts"]["groups"] == 2 and plain["metrics"].keys() == found["metrics"].keys()
+    (addon,) = found["protocol"]["addons"]
+    assert addon["name"] == "head_ablation" and addon["fitted_on"]["unlabelled_images"] == "train: 8"
+    refused = call_vlkit(*command, *ablation[:2])
+    assert refused.code != 0 and "must be fitted, on images that are not measured" in refused.err

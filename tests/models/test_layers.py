@@ -58,7 +58,7 @@ def test_layer_wise_rates_by_hand() -> None:
 def test_what_has_no_order_is_refused() -> None:
     encoder = make(VIT)
     encoder.model.visual = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ModelError, match=r"no known order: where does 0\.weight belong"):
+    with pytest.raises(ModelError, match=r"no known order: where does model\.visual\.0\.weight belong"):
         freeze(encoder, "image", 1)
     freeze(encoder, "image")
     assert not encoder.model.visual[0].weight.requires_grad

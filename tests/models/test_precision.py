@@ -1,5 +1,6 @@
 """Weights in bf16 and the reference decoder: what they change, and that the cache keeps them apart."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from vlkit.data.images import iterate_images
 from vlkit.errors import ModelError
 from vlkit.features.cache import FeatureCache
 from vlkit.features.source import open_source
+from vlkit.models.bf16 import bf16_copy
 from vlkit.models.load import load_embedder, pick_precision
 from vlkit.models.open_clip_encoder import build_encoder
 from vlkit.models.saved import save_encoder
@@ -58,8 +60,59 @@ def test_bf16_keeps_the_features_and_their_scale(model: str, photos: list[Path])
 
 def test_auto_takes_bf16_only_for_transformers_on_a_processor_that_has_it(model: str) -> None:
     embedder = load_embedder(model, "cpu", precision="auto")
-    kinds = {tensor.dtype for tensor in embedder.encoder.weights().values() if tensor.ndim > 1}
-    assert kinds == {torch.bfloat16 if pick_precision("auto", CPU) == "bf16" else torch.float32}
+    kinds = {tensor.dtype for tensor in embedder.encoder.weights().values()}
+    assert (torch.bfloat16 in kinds) == (pick_precision("auto", CPU) == "bf16")
+
+
+def test_only_the_matrices_of_blocks_are_rounded_and_features_err_half_as_much(model: str, photos: list[Path]) -> None:
+    full = load_embedder(model, "cpu")
+    before = {name: tensor.clone() for name, tensor in full.encoder.weights().items()}
+    half = replace(full, encoder=bf16_copy(full.encoder))
+    rounded = {name for name, tensor in half.encoder.weights().items() if tensor.dtype == torch.bfloat16}
+    assert rounded and all(".resblocks." in name and (".attn." in name or ".mlp." in name) for name in rounded)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in full.encoder.weights().items())
+
+    everything = load_embedder(model, "cpu")
+    for name, tensor in everything.encoder.named_parameters():
+        if not name.endswith("logit_scale"):
+            tensor.data = tensor.data.to(torch.bfloat16)
+    exact = full.embed_images(photos)
+    error, error_of_all = ((other.embed_images(photos) - exact).norm(dim=1).mean() for other in (half, everything))
+    assert error < 0.5 * error_of_all, (error, error_of_all)
+
+
+def test_the_class_position_alone_goes_through_the_last_rounded_block(model: str) -> None:
+    tower_of = bf16_copy(load_embedder(model, "cpu").encoder)
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        tower = tower_of.vision_tower
+        assert tower.last_of_class is not None
+        torch.testing.assert_close(tower.run(images), tower.finish(tower.through_blocks(images)), rtol=0, atol=0.02)
+        assert tower.last_of_class(tower.embed(images)).shape == (3, 1, 64)
+        # What an add-on changes there is not passed by.
+        handle = tower.blocks[-1].module.register_forward_hook(lambda module, inputs, output: 0 * output)
+        changed = tower_of.vision_tower
+        assert torch.equal(changed.run(images), changed.finish(torch.zeros(3, 17, 64)))
+        handle.remove()
+    assert tower_of.vision_tower.last_of_class is None  # gradients: training runs whole blocks
+
+
+def test_a_tower_of_another_kind_is_rounded_as_a_whole() -> None:
+    torch.manual_seed(0)
+    convolutions = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "head_width": 16}
+    encoder = build_encoder({**ARCHITECTURE, "vision_cfg": convolutions}).eval()
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tokens = encoder.tokenize(["a dog", "a cat"])
+    half = bf16_copy(encoder)
+    kinds = {name: tensor.dtype for name, tensor in half.weights().items() if tensor.is_floating_point()}
+    assert {kind for name, kind in kinds.items() if name.startswith("visual.")} == {torch.bfloat16}
+    assert kinds["text.token_embedding.weight"] == kinds["logit_scale"] == torch.float32
+    with torch.inference_mode():
+        for a, b in (
+            (encoder.encode_image(images), half.encode_image(images)),
+            (encoder.encode_text(tokens), half.encode_text(tokens)),
+        ):
+            assert torch.cosine_similarity(a, b.float()).min() > 0.999
 
 
 def test_an_unknown_precision_is_refused() -> None:

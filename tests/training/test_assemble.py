@@ -105,3 +105,13 @@ def test_images_at_a_time() -> None:
     for size, rows in ((3, 3), (100, 8)):
         data = run.data.model_copy(update={"chunk_size": size})
         assert assemble.rows_at_a_time(run.model_copy(update={"data": data})) == rows
+
+
+def test_a_precision_that_the_device_lacks_is_refused() -> None:
+    run = settings()
+    asked = run.model_copy(update={"optim": run.optim.model_copy(update={"precision": "bf16"})})
+    assert assemble.choose_precision(asked, CPU) == "bf16" and assemble.choose_precision(run, CPU) == "fp32"
+    # The device that computes nothing has no bf16 either.
+    with pytest.raises(ConfigError, match=r'precision = "bf16", but the device meta has no bf16. Use "fp32" or "auto"'):
+        assemble.choose_precision(asked, torch.device("meta"))
+    assert assemble.choose_precision(run, torch.device("meta")) == "fp32"

@@ -8,7 +8,7 @@ from PIL import Image
 
 from vlkit.errors import CheckpointError
 from vlkit.training.metrics import cut_back, read_metrics
-from vlkit.training.summary import plot_curves
+from vlkit.training.summary import evaluations, most_telling, plot_curves
 
 
 def write(path: Path, steps: range, tail: str = "") -> Path:
@@ -50,3 +50,17 @@ def test_curves(tmp_path: Path, evaluated: bool) -> None:
         # A second panel for the evaluations.
         assert (picture.height > picture.width * 0.8) is evaluated
         assert picture.convert("L").getextrema() == (0, 255)
+
+
+def test_many_metrics_leave_room_for_the_picture(tmp_path: Path) -> None:
+    path = write(tmp_path / "metrics.jsonl", range(1, 5))
+    groups = ("text_to_image", "image_to_text", "probe", "segmentation/of_a_long_name")
+    found = {f"{group}/recall@{k}": k / 99 for group in groups for k in range(1, 21)}
+    with path.open("a") as file:
+        file.write(json.dumps({"step": 5, "loss": 0.1, "eval": found}) + "\n")
+    plot_curves(path, tmp_path / "loss.png")
+    curves = most_telling(evaluations(list(read_metrics(path))))
+    assert len(curves) == 10
+    # Of each evaluation the first ones, in their order.
+    assert [name for name in curves if name.startswith("probe")] == [f"probe/recall@{k}" for k in (1, 2)]
+    assert [name for name in curves if name.startswith("text")] == [f"text_to_image/recall@{k}" for k in (1, 2, 3)]

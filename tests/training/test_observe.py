@@ -158,6 +158,22 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in written.Scalars("eval/recall@1")] == [(3, 0.5)]
 
 
+@pytest.mark.slow
+def test_wandb_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    said: list[str] = []
+    trackers = Trackers(("wandb",), tmp_path, {"optim": {"lr": 0.125}}, said.append)
+    trackers.log(LINE, 3)
+    trackers.close()
+    assert said == []
+    (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    # Names and numbers stand in its records as text.
+    assert [
+        name for name in (b"eval/recall@1", b"parts/clip", b"optim", b"0.125") if name not in written.read_bytes()
+    ] == []
+
+
 def test_without_tensorboard_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # as where it is not installed
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)

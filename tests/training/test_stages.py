@@ -147,7 +147,7 @@ def make_stream(run: RunConfig) -> Stream:
     def make_loader(preprocess: Preprocess, tokenize: TextTokenizer) -> Loader:
         return assemble.build_loader(run, shards, encoder, preprocess=preprocess, tokenize=tokenize)
 
-    return Stream(run, shards, encoder, assemble.build_loader(run, shards, encoder), make_loader, stages, STEPS)
+    return Stream(run, encoder, assemble.build_loader(run, shards, encoder), make_loader, stages, STEPS)
 
 
 def test_stages_change_size_and_length_but_not_the_order_of_the_samples(shard: Path, tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ def active_learning(
         progress: called with (done, total) rounds.
 
     Raises:
-        ConfigError: no pool, no class names, no round or no budget.
+        ConfigError: no pool, no class names, no round or no budget; or a learner inside the towers and a pool of
+            features alone.
         DataError: an answer that is no class.
     """
     names, pool = reference.class_names, reference.images
@@ -104,12 +105,13 @@ def active_learning(
             f"{0 if pool is None else len(pool)} images, {len(names)} names, {rounds} rounds, a budget of {count}."
         )
     zero_shot = PLAIN.classifier(names, source, templates)
-    classifier, texts = zero_shot, _texts(zero_shot)
+    classifier, texts, fitted = zero_shot, _texts(zero_shot), PLAIN
     asked: dict[int, int] = {}
     assumed: dict[int, int] = {}
     for number in range(rounds):
-        chances = classifier.probabilities(pool.vectors)
-        points = priors(pool.vectors, chances, texts)
+        images = _as_used(pool, fitted, reference)
+        chances = classifier.probabilities(images)
+        points = priors(images, chances, texts)
         known = sorted({*asked, *assumed})
         chosen = _chosen(strategy, points, chances, known, count, 4 if selective else 1, reference.seed + number)
         free = sure_rows(chosen, chances, thresholds(chances, asked)) if selective and number else []
@@ -229,6 +231,16 @@ def _shown(pool: Part, labels: dict[int, int]) -> Part:
         torch.tensor([labels[row] for row in rows]),
         tuple(pool.records[row] for row in rows) if pool.records else (),
     )
+
+
+def _as_used(pool: Part, fitted: Pipeline, reference: Reference) -> Vectors:
+    """The pool as the fitted learner sees it: a learner inside the towers changes its features too."""
+    if not (fitted.edits or fitted.views or fitted.local):
+        return pool.vectors
+    if reference.passes is None or not pool.records:
+        names = ", ".join(one.name for one in fitted.addons)
+        raise ConfigError(f"{names} changes images or wants more of them: the pool needs records, and `passes`.")
+    return reference.passes.read(pool.records, fitted.edits, fitted.views).vectors
 
 
 def _texts(classifier: AdaptedClassifier) -> Tensor:

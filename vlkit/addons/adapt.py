@@ -154,7 +154,16 @@ def adapt(
         ConfigError: the reference lacks what it needs.
         VlkitError: what the method finds wrong.
     """
-    pipeline = Pipeline([addon]).fit(reference, source, templates, progress)
+    return validated(Pipeline([addon]).fit(reference, source, templates, progress), reference, source, templates)
+
+
+def validated(
+    pipeline: Pipeline,
+    reference: Reference,
+    source: FeatureSource,
+    templates: str | Sequence[str] = DEFAULT_TEMPLATES,
+) -> Adapted:
+    """The one add-on of a fitted pipeline, measured on the validation images where there are any."""
     fitted = pipeline.addons[0]
     if reference.val is None or not reference.class_names or pipeline.streaming:
         return Adapted(fitted, None, None)

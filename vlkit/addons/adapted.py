@@ -17,7 +17,7 @@ from vlkit.addons.base import (
     Term,
 )
 from vlkit.addons.classifier import Family, Predictions
-from vlkit.addons.exchange import ClassWeights, Vectors, Weights
+from vlkit.addons.exchange import ClassWeights, Vectors, Weights, no_vectors
 from vlkit.errors import ConfigError
 
 Direction = Literal["image_to_text", "text_to_image"]
@@ -116,8 +116,7 @@ class AdaptedClassifier:
     def _scores(self, weights: ClassWeights, images: Vectors) -> tuple[Vectors, Tensor, Tensor]:
         """Mapped images, scores (n,C), and scores with the gallery bias."""
         texts = Vectors("text", weights.vectors)
-        for one in self.maps:
-            images, texts = one.map(images, texts)
+        images, texts = through_maps(self.maps, images, texts)
         similarity = similarity_of(self.scoring, images, texts)
         scores = weights.reduced(similarity)
         if self.bias is None:
@@ -137,6 +136,27 @@ class _Part(NamedTuple):
 
     logits: Tensor
     terms: tuple[Term | StreamingTerm, ...]
+
+
+def through_maps(maps: Sequence[FeatureMap], images: Vectors, texts: Vectors) -> tuple[Vectors, Vectors]:
+    """Both sides through feature maps in turn; views of the images go along, for whoever takes them behind a map."""
+    for one in maps:
+        views = None if images.views is None else _mapped_views(one, images)
+        images, texts = one.map(images, texts)
+        images = replace(images, views=views)
+    return images, texts
+
+
+def _mapped_views(one: FeatureMap, images: Vectors) -> Tensor:
+    """(n,V,D) each view as if it were the image."""
+    assert images.views is not None
+    # The lengths of views are not kept; that of the image itself stands for them.
+    norm = None if images.norm is None else images.norm.repeat_interleave(images.views.shape[1])
+    flat = images.views.flatten(0, 1)
+    alone = Vectors("image", flat, norm=norm, views=flat[:, None])  # its own only view
+    mapped = one.map(alone, no_vectors("text", flat.shape[1]))[0].pooled
+    views: Tensor = mapped.unflatten(0, images.views.shape[:2])
+    return views
 
 
 def similarity_of(scoring: PairScoring | None, queries: Vectors, gallery: Vectors) -> Tensor:

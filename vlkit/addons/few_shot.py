@@ -36,12 +36,15 @@ def sample_few_shot(
     seed: int,
     val_shots: int | None = None,
     class_names: Sequence[str] = (),
+    *,
+    fewer: bool = False,
 ) -> FewShotSplit:
     """Draw `shots` images of each class, and others for validation.
 
     Images are put into one random order a class, from which the first are taken: the 4 shots of a seed are among its
     16. Validation images are the last of that order, so they are the same for every number of shots with one
-    `val_shots`.
+    `val_shots`. `eval.labelled.draw_shots`, which `vlkit eval few-shot` draws by, is lenient towards small classes and
+    has another order; numbers that were published with either could not be made again if the two were one.
 
     Args:
         labels: (n,) classes.
@@ -50,6 +53,7 @@ def sample_few_shot(
         seed: of the order.
         val_shots: images a class to choose on; None: min(shots, 4), as CoOp does.
         class_names: (C,) for messages.
+        fewer: of a class with too few images take all, those for validation first; one must be left to learn from.
 
     Raises:
         ConfigError: shots below 1.
@@ -62,12 +66,13 @@ def sample_few_shot(
     train, val = [], []
     for one in range(num_classes):
         rows = (label == one).nonzero().flatten()
-        if len(rows) < shots + of_val:
+        held_out = min(of_val, max(len(rows) - 1, 0)) if fewer else of_val
+        if len(rows) < (1 if fewer else shots) + held_out:
             name = repr(class_names[one]) if class_names else f"number {one}"
             what = f"{shots} shots" + (f" and {of_val} for validation" if of_val else "")
             raise DataError(f"Class {name} has {len(rows)} images, too few for {what}. Lower --shots or add images.")
         order = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 100_003 + one))].tolist()
-        train += order[:shots]
-        val += order[len(order) - of_val :]
+        train += order[: min(shots, len(order) - held_out)]
+        val += order[len(order) - held_out :]
     taken = set(train) | set(val)
     return FewShotSplit(train, val, [row for row in range(len(label)) if row not in taken])

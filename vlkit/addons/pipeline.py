@@ -12,7 +12,7 @@ Order: edit_image, edit, weights, map, score, term, bias, merge. Everything is l
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vlkit.addons.adapted import AdaptedClassifier, AdaptedRetrieval
+from vlkit.addons.adapted import AdaptedClassifier, AdaptedRetrieval, through_maps
 from vlkit.addons.base import (
     SLOTS,
     AddOn,
@@ -227,10 +227,8 @@ class Pipeline:
         return (template_weights(edited, [item.names for item in class_names], chosen, progress),)
 
     def map(self, images: Vectors, texts: Vectors) -> tuple[Vectors, Vectors]:
-        """Both sides through all feature maps."""
-        for addon in self.maps:
-            images, texts = addon.map(images, texts)
-        return images, texts
+        """Both sides through all feature maps, views of the images too."""
+        return through_maps(self.maps, images, texts)
 
     def classifier(
         self,
@@ -322,25 +320,13 @@ class Pipeline:
         if not self.maps:
             return reference
         parts: dict[str, object] = {
-            name: replace(part, vectors=self._mapped_images(part.vectors))
+            name: replace(part, vectors=self.map(part.vectors, no_vectors("text", dim))[0])
             for name, part in reference.image_parts().items()
         }
         if reference.captions is not None:
             _, texts = self.map(no_vectors("image", dim), reference.captions.vectors)
             parts["captions"] = replace(reference.captions, vectors=texts)
         return replace(reference, **parts)  # type: ignore[arg-type]
-
-    def _mapped_images(self, images: Vectors) -> Vectors:
-        """Images and their views through all feature maps."""
-        none = no_vectors("text", images.pooled.shape[1])
-        mapped = self.map(images, none)[0]
-        if images.views is None:
-            return mapped
-        # The lengths of views are not kept; that of the image itself stands for them.
-        norm = None if images.norm is None else images.norm.repeat_interleave(images.views.shape[1])
-        flat = images.views.flatten(0, 1)
-        views = self.map(Vectors("image", flat, norm=norm, views=flat[:, None]), none)[0]  # its own only view
-        return replace(mapped, views=views.pooled.unflatten(0, images.views.shape[:2]))
 
     def _with_logits(self, reference: Reference, source: FeatureSource, templates: str | Sequence[str]) -> Reference:
         """With the class weights and the logits of this pipeline. Image vectors are mapped already."""

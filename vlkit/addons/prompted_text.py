@@ -5,7 +5,8 @@ text = PromptedText(encoder, prompts)
 text.features(text.words)              # (R,D): to the bit those of the texts themselves
 text.features(context)                 # context (M,W), (R,M,W), or (B,1,M,W) -> (B,R,D)
 
-The tower runs only up to the longest prompt, for all classes in one pass.
+The tower runs only up to the longest prompt, for all classes in one pass. Vectors in front of the names, where all
+classes have the same, go through it once and not once a class (`shared_prefix.py`).
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 from vlkit.addons.base import TowerEdit
 from vlkit.addons.class_names import ClassName
 from vlkit.addons.exchange import ClassWeights
+from vlkit.addons.shared_prefix import SharedPrefix
 from vlkit.errors import ConfigError
 from vlkit.features.source import FeatureSource
 from vlkit.models.dual_encoder import DualEncoder
@@ -136,6 +138,7 @@ class PromptedText:
         checkpointing: compute activations again in backward instead of keeping them.
         words: (R,M,W) vectors of the tokens that are replaced.
         embedded: (R,T,W) the prompts as they are, with positions.
+        shared: the way for vectors that all prompts begin with; None where names come before or between them.
     """
 
     encoder: DualEncoder
@@ -144,6 +147,7 @@ class PromptedText:
     checkpointing: bool = False
     words: Tensor = field(init=False, repr=False)
     embedded: Tensor = field(init=False, repr=False)
+    shared: SharedPrefix | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         device, tower = self.encoder.device, self.encoder.text_tower
@@ -152,13 +156,18 @@ class PromptedText:
         with torch.inference_mode(False), torch.no_grad():
             object.__setattr__(self, "embedded", tower.embed(moved.tokens).clone())
             object.__setattr__(self, "words", tower.token_vectors(moved.tokens.gather(1, moved.places)).clone())
+            shared = SharedPrefix.of(tower, moved.tokens)
+        early = shared is not None and bool((moved.places < shared.length).all())
+        object.__setattr__(self, "shared", shared if early else None)
 
     def features(self, context: Tensor) -> Tensor:
-        """(R,D) unit norm.
+        """(R,D) unit norm; of `words` to the bit those of the texts.
 
         Args:
             context: (M,W), or (R,M,W) for one set a prompt; further dimensions before these give (...,R,D).
         """
+        if self.shared and (context.ndim == 2 or context.shape[-3] == 1):
+            return self._common(self.shared, context if context.ndim == 2 else context.squeeze(-3))
         old, plain = self.words, self.embedded
         # What is added, not what is put: words themselves then change no bit.
         added = (context.to(old) - old).to(plain.dtype)
@@ -193,9 +202,23 @@ class PromptedText:
         scores: Tensor = reduced.unflatten(0, views.shape[:2])
         return scores
 
+    def _common(self, shared: SharedPrefix, context: Tensor) -> Tensor:
+        """(...,R,D) of vectors (...,M,W) that all prompts have in common."""
+        first = self.embedded[0, : shared.length]
+        added = (context.to(first) - self.words[0]).reshape(-1, *self.words.shape[1:])
+        places = self.prompts.places[0, :, None].expand(len(added), -1, first.shape[-1])
+        prefix = first.expand(len(added), -1, -1).scatter_add(1, places, added)
+        with self._autocast():
+            out = shared.features(prefix, self.embedded[:, shared.length :], checkpointing=self.checkpointing)
+        features: Tensor = F.normalize(out.float(), dim=-1).unflatten(0, context.shape[:-2] or (1,))
+        return features if context.ndim > 2 else features[0]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
     def _through(self, x: Tensor, tokens: Tensor) -> Tensor:
         tower = self.encoder.text_tower
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with self._autocast():
             for block in tower.blocks:
                 x = (replace(block, recompute=True) if self.checkpointing and torch.is_grad_enabled() else block)(x)
             return tower.finish(x, tokens)

@@ -295,7 +295,7 @@ _HOW = {
     "few_shot_labels": "labelled images of every class; `vlkit adapt` takes them from a folder",
     "val_labels": "labelled validation images; `vlkit adapt` holds some out",
     "labels": "a labelled training set",
-    "test_stream": "the test images, which evaluators give it",
+    "test_stream": "the test images themselves: nothing is fitted beforehand, --addon names it where images are judged",
     "pixels": "images that can be read anew, not features alone",
 }
 

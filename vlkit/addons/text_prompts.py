@@ -6,7 +6,7 @@ A learner is a `TextPrompts` with, where it differs, its own `start` (what is le
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlkit.addons.base import ClassWeighting, Need, Weights, learned
 from vlkit.addons.class_names import ClassName
+from vlkit.addons.confidence import Confidence, beside, training_scale
 from vlkit.addons.exchange import ClassWeights, Vectors
 from vlkit.addons.prompt_fit import Plan, epochs_of, fit_prompts, frozen, parameter
 from vlkit.addons.prompted_text import Position, Precision, PromptedText, encoder_of, prompt_tokens, word_ids
@@ -46,7 +47,7 @@ class PromptTask:
         images: (n,D) unit norm.
         labels: (n,).
         vectors: the same images with what was asked for besides.
-        scale: multiplier of the cosine.
+        scale: multiplier of the cosine in the loss.
         seed: of draws.
         class_names: (C,).
         source: embeds texts.
@@ -64,6 +65,10 @@ class PromptTask:
     def loss(self, rows: Tensor, features: Tensor) -> Tensor:
         """Cross-entropy () of some images with text features (R,D)."""
         return F.cross_entropy(self.scale * self.text.scores(self.images[rows], features), self.labels[rows])
+
+    def from_paper(self, weight: float) -> float:
+        """A paper's weight of a term beside cross-entropy of 100 x cosine, for the multiplier of this training."""
+        return beside(weight, self.scale)
 
     def template_features(self, template: str) -> Tensor:
         """(R,D) features of the names in a template.
@@ -87,8 +92,11 @@ class TextPrompts(ClassWeighting):
         words: what they start from; empty starts at random.
         position: of the class name.
         epochs: passes over the images; None is CoOp's 50, 100 or 200 by images a class.
-        lr: of SGD.
+        lr: learning rate.
+        optimizer: sgd, with momentum; or adamw, whose steps are of one length whatever the multiplier of the cosine.
         batch_size: images a step.
+        confidence: multiplier of the cosine in the loss: "model" for its own, "fitted" for the one at which its
+            zero-shot answers to the images are as sure as they are right.
         max_seconds: training comes to its end in this time.
         precision: of the text tower while training.
         checkpointing: trade time for memory.
@@ -101,11 +109,14 @@ class TextPrompts(ClassWeighting):
     position: Position = "end"
     epochs: int | None = None
     lr: float = 0.002
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     batch_size: int = 32
+    confidence: Confidence = "model"
     max_seconds: float | None = None
     precision: Precision = "fp32"
     checkpointing: bool = False
     vectors: Tensor | None = learned()  # (M,W)
+    scale: float | None = learned()  # multiplier of the cosine in training
     steps: int | None = learned()  # taken in training
     trained: int | None = learned()  # numbers changed by it
 
@@ -132,7 +143,8 @@ class TextPrompts(ClassWeighting):
             )
         kept = set(found) & self.learned_names()
         values = {name: found[name].detach().cpu() for name in kept}
-        return replace(self, **values, steps=steps, trained=sum(one.numel() for one in found.values()))  # type: ignore[arg-type]
+        trained = sum(one.numel() for one in found.values())
+        return replace(self, **values, scale=task.scale, steps=steps, trained=trained)  # type: ignore[arg-type]
 
     @classmethod
     def learned_names(cls) -> set[str]:
@@ -146,16 +158,20 @@ class TextPrompts(ClassWeighting):
         return Examples(shots.vectors, shots.labels)
 
     def task(self, reference: "Reference", embedder: "FeatureSource", examples: Examples) -> PromptTask:
-        """The training on these images."""
+        """The training on these images.
+
+        Raises:
+            ConfigError: `confidence` fitted to images without labels.
+        """
         text = self.prompted(reference.class_names, embedder)
         text = replace(text, precision=self.precision, checkpointing=self.checkpointing)
-        device = text.encoder.device
+        device, images = text.encoder.device, F.normalize(examples.vectors.pooled, dim=-1)
         return PromptTask(
             text=text,
-            images=F.normalize(examples.vectors.pooled, dim=-1).to(device).clone(),
+            images=images.to(device).clone(),
             labels=examples.labels.to(device),
             vectors=examples.vectors,
-            scale=self.logit_scale,
+            scale=training_scale(self, self.confidence, reference.weights, images, examples.labels),
             seed=reference.seed,
             class_names=reference.class_names,
             source=embedder,
@@ -164,7 +180,7 @@ class TextPrompts(ClassWeighting):
     def plan(self, examples: Examples, num_classes: int) -> Plan:
         """How long and how fast."""
         epochs = epochs_of(round(len(examples.labels) / num_classes)) if self.epochs is None else self.epochs
-        return Plan(epochs, self.lr, self.batch_size, self.max_seconds)
+        return Plan(epochs, self.lr, self.batch_size, self.max_seconds, optimizer=self.optimizer)
 
     def prompted(self, class_names: Sequence[ClassName], embedder: "FeatureSource") -> PromptedText:
         """The prompts of some classes, not yet with what was learned."""

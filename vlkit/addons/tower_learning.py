@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlkit.addons.base import AddOn, Kind, Need, Task, TowerEdit, learned
+from vlkit.addons.confidence import Confidence, beside, training_scale
 from vlkit.addons.exchange import ClassWeights
 from vlkit.addons.labelled_pixels import LabelledPixels
 from vlkit.addons.prompt_fit import Plan, fit_prompts, parameter
@@ -43,7 +44,7 @@ class TowerTask:
         source: the same with its cache; embeds texts.
         pixels: n labelled images.
         labels: (n,) on the model's device.
-        scale: multiplier of the cosine.
+        scale: multiplier of the cosine in the loss.
         reference: everything else that is there.
         prompts: tokens of the classes in the method's own words; None where its texts stay as they are.
         precision: of the towers.
@@ -89,6 +90,10 @@ class TowerTask:
         """(b,C) of image features (b,D)."""
         return self.scale * texts.scores(images)
 
+    def from_paper(self, weight: float) -> float:
+        """A paper's weight of a term beside cross-entropy of 100 x cosine, for the multiplier of this training."""
+        return beside(weight, self.scale)
+
 
 class EpochMean:
     """Mean of what is learned over the epochs.
@@ -126,6 +131,8 @@ class TowerLearner(TowerEdit):
         lr: learning rate; a first epoch at 1e-5, then half a cosine to zero.
         batch_size: images a step.
         crop: smallest share of an image that a training crop shows; 1: no crops, mirroring only.
+        confidence: multiplier of the cosine in the loss: "model" for its own, "fitted" for the one at which its
+            zero-shot answers to the images are as sure as they are right.
         max_seconds: training comes to its end in this time.
         precision: of the towers while training.
         checkpointing: trade time for memory.
@@ -138,6 +145,7 @@ class TowerLearner(TowerEdit):
     lr: float = 0.002
     batch_size: int = 32
     crop: float = 0.08
+    confidence: Confidence = "model"
     max_seconds: float | None = None
     precision: Precision = "fp32"
     checkpointing: bool = False
@@ -201,8 +209,16 @@ class TowerLearner(TowerEdit):
         return Plan(self.epochs, self.lr, self.batch_size, self.max_seconds)
 
     def task(self, reference: "Reference", embedder: "FeatureSource") -> TowerTask:
-        """The training on the few-shot images."""
-        return task_of(self, reference, embedder, self.crop, self.precision)
+        """The training on the few-shot images.
+
+        Raises:
+            ConfigError: other edits before it, or `confidence` fitted to images without labels.
+        """
+        task, shots = task_of(self, reference, embedder, self.crop, self.precision), reference.few_shot
+        assert shots is not None and shots.labels is not None
+        return replace(
+            task, scale=training_scale(self, self.confidence, reference.weights, shots.vectors.pooled, shots.labels)
+        )
 
     @contextmanager
     def training(self, task: TowerTask) -> Iterator[Learned]:

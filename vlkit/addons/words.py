@@ -46,6 +46,16 @@ def nouns_of(caption: str) -> list[str]:
     return list(dict.fromkeys(word for word in kept if not word.endswith("ing") or word in _THINGS_IN_ING))
 
 
+def noun_spans(caption: str) -> list[tuple[str, int, int]]:
+    """The nouns of one caption as `nouns_of`, each with where it begins and ends in the caption; repeats are kept."""
+    kept = []
+    for match in _NOUN.finditer(caption.lower()):
+        word = singular(match[1])
+        if len(word) >= 3 and word not in _NO_THINGS and (not word.endswith("ing") or word in _THINGS_IN_ING):
+            kept.append((word, *match.span(1)))
+    return kept
+
+
 def caption_nouns(captions: Iterable[str], min_captions: int = 2) -> list[str]:
     """The nouns that stand in at least `min_captions` captions, the most frequent first, then by the alphabet."""
     counts = Counter(word for caption in captions for word in nouns_of(caption))

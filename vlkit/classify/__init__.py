@@ -6,12 +6,14 @@ for result in classify_images(embedder, classifier, records, top=3):
     print(result)
 """
 
+from vlkit.classify.close_calls import SecondLook
 from vlkit.classify.report import write_report
 from vlkit.classify.run import Classified, Unreadable, classify_images, classify_with_addons, gather_images
 from vlkit.classify.sort_into import Sorter
 
 __all__ = [
     "Classified",
+    "SecondLook",
     "Sorter",
     "Unreadable",
     "classify_images",

@@ -77,15 +77,19 @@ def write_report(
     sections = [_section(name, group, budget) for name, group in groups.items() if group.count]
     if unsure.count:
         sections.append(_section(f"unsure (best class below {min_probability:g})", unsure, budget))
-    page = _environment().get_template("report.html.j2").render(
-        model=model,
-        rule=rule,
-        sections=sections,
-        empty=[one_line(name) for name in class_names if not groups[name].count],
-        total=sum(group.count for group in groups.values()) + unsure.count,
-        unsure=unsure.count,
-        unreadable=[(one_line(item.record.key), one_line(item.reason)) for item in unreadable[:MAX_LISTED]],
-        num_unreadable=len(unreadable),
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            model=model,
+            rule=rule,
+            sections=sections,
+            empty=[one_line(name) for name in class_names if not groups[name].count],
+            total=sum(group.count for group in groups.values()) + unsure.count,
+            unsure=unsure.count,
+            unreadable=[(one_line(item.record.key), one_line(item.reason)) for item in unreadable[:MAX_LISTED]],
+            num_unreadable=len(unreadable),
+        )
     )
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from vlkit.addons.adapted import AdaptedClassifier
 from vlkit.addons.classifier import ZeroShotClassifier
 from vlkit.addons.passes import Passes
 from vlkit.addons.pipeline import Pipeline
+from vlkit.classify.close_calls import SecondLook
 from vlkit.contracts import Progress
 from vlkit.data.records import ImageRef, Problems, Record, Source
 from vlkit.data.sources import read_source
@@ -68,6 +69,7 @@ def classify_images(
     batch_size: int = 64,
     workers: int = 0,
     progress: Progress | None = None,
+    second_look: SecondLook | None = None,
 ) -> Iterator[Classified | Unreadable]:
     """Classify images one after the other, in the order of `records`.
 
@@ -80,6 +82,7 @@ def classify_images(
         batch_size: images encoded together.
         workers: processes or threads that decode; 0 decodes in this one.
         progress: called with (images done, all images).
+        second_look: encodes close calls again in fp32, where `embedder` is in bf16.
 
     Yields:
         `Classified`, or `Unreadable` for an image that cannot be decoded.
@@ -92,7 +95,10 @@ def classify_images(
     if top < 1:
         raise ConfigError(f"top is {top}; it must be at least 1.")
     done = 0
-    for chunk in embedder.iterate_embeddings(records, batch_size=batch_size, workers=workers):
+    chunks = embedder.iterate_embeddings(records, batch_size=batch_size, workers=workers)
+    if second_look is not None:
+        chunks = second_look.settle(chunks, records, batch_size, workers)
+    for chunk in chunks:
         results: dict[int, Classified | Unreadable] = {
             row: Unreadable(records[row], reason) for row, reason in chunk.failures
         }

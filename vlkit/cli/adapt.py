@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlkit.cli.adapt_active import Asking, asked_in_rounds
 from vlkit.cli.console import Json, print_json, print_table, progress_bar, say
 from vlkit.errors import ConfigError, DataError
 
@@ -38,6 +39,18 @@ def adapt(
     ] = None,
     shots: Annotated[int, typer.Option(min=1, help="Images a class to learn from.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw, and of training.")] = 0,
+    active: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Rounds in which labels are asked for, one for each class, in place of drawn shots; the class "
+            "folders answer. [default: none]",
+        ),
+    ] = 0,
+    ask: Annotated[str, typer.Option(help="With --active, which images: clusters, random or entropy.")] = "clusters",
+    selective: Annotated[
+        bool, typer.Option("--selective", help="With --active: no question where the model is sure.")
+    ] = False,
     templates: Annotated[str, typer.Option(help="Prompts around class names; a set, a file, or a text with {}.")] = (
         "simple"
     ),
@@ -52,6 +65,11 @@ def adapt(
     from vlkit.addons.registry import make_addon
 
     addon = None if method == AUTO else make_addon(method)
+    if (ask != "clusters" or selective) and not active:
+        raise ConfigError("--ask and --selective belong to --active ROUNDS. Name the rounds, or leave them out.")
+    if active and addon is None:
+        raise ConfigError("--active goes with one method, not with auto.")
+    asking = Asking(active, ask, selective) if active else None
     if addon is not None and addon.fitted is not None:
         raise ConfigError(f"{method} is a fitted add-on already; name a method to fit.")
     if out.exists() and any(out.iterdir()):
@@ -87,6 +105,8 @@ def adapt(
     compared: dict[str, Any] = {}
     if addon is None:
         adapted, compared = _chosen(reference, source, templates, json)
+    elif asking is not None:
+        adapted, compared = asked_in_rounds(addon, reference, source, templates, asking, json)
     else:
         with progress_bar(f"fit {addon.name}", "steps") as tick:
             adapted = fit(addon, reference, source, templates, tick)

@@ -35,9 +35,7 @@ def classify(
     ] = "simple",
     addon: AddOns = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to give for each image.")] = 5,
-    min_probability: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Below it an image counts as unsure.")
-    ] = 0.0,
+    min_probability: Annotated[float, typer.Option(min=0.0, max=1.0, help="Below it an image counts as unsure.")] = 0.0,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write a CSV file.")] = None,
     sort_into: Annotated[Path | None, typer.Option(help="Put each image into DIR/<class>/; nothing is moved.")] = None,
     link: Annotated[bool, typer.Option("--link/--copy", help="How --sort-into places images.")] = False,
@@ -47,7 +45,10 @@ def classify(
     workers: Annotated[int, typer.Option(min=0, help="Decoders beside this process.")] = min(os.cpu_count() or 1, 8),
     precision: Annotated[
         Precision,
-        typer.Option(help="Of the weights; auto: bf16 where the processor has it, else fp32; fp32 with --addon."),
+        typer.Option(
+            help="Of the weights. auto: fp32's classes in little more than bf16's time, where the processor has bf16: "
+            "close calls are encoded again in fp32. With --addon: fp32."
+        ),
     ] = Precision.AUTO,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Encode everything anew.")] = False,
     json_lines: Json = False,
@@ -57,9 +58,16 @@ def classify(
     lines, where = _class_lines(classes, classes_file)
     from vlkit.addons.class_weights.templates import load_templates
     from vlkit.addons.classifier import ZeroShotClassifier, parse_class_list
-    from vlkit.classify import Sorter, classify_images, classify_with_addons, gather_images, write_report
+    from vlkit.classify import (
+        SecondLook,
+        Sorter,
+        classify_images,
+        classify_with_addons,
+        gather_images,
+        write_report,
+    )
     from vlkit.features.cache import FeatureCache
-    from vlkit.features.source import open_source
+    from vlkit.features.source import open_sources
 
     class_list = parse_class_list(lines, where)
     chosen_templates = load_templates(templates)
@@ -70,15 +78,19 @@ def classify(
     pipeline = pipeline_of(addon)
     if pipeline.addons and precision is Precision.AUTO:
         precision = Precision.FP32  # the weights that add-ons are fitted for
-    embedder = open_source(model, device, cache, precision=precision.value)
+    sources = open_sources(model, source.records, device, cache, precision=precision.value)
+    look: SecondLook | None = None
     classifier: ZeroShotClassifier | AdaptedClassifier  # annotations of locals are not evaluated
     if pipeline.addons:
-        pipeline = fitted_on_names(pipeline, embedder, class_list, chosen_templates)
-        classifier = pipeline.classifier(class_list, embedder, chosen_templates)
-        run = partial(classify_with_addons, embedder, pipeline, classifier)
+        pipeline = fitted_on_names(pipeline, sources.exact, class_list, chosen_templates)
+        classifier = pipeline.classifier(class_list, sources.exact, chosen_templates)
+        run = partial(classify_with_addons, sources.exact, pipeline, classifier)
     else:
-        classifier = ZeroShotClassifier.build(embedder, class_list, chosen_templates)
-        run = partial(classify_images, embedder, classifier)
+        with progress_bar("encode classes", "prompts") as encoded:
+            classifier = plain = ZeroShotClassifier.build(sources.exact, class_list, chosen_templates, encoded)
+        if sources.first is not sources.exact:
+            look = SecondLook(sources.exact, plain, min_probability)
+        run = partial(classify_images, sources.first, plain, second_look=look)
     sorter = Sorter(sort_into, classifier.class_names, link=link) if sort_into is not None else None
     with ExitStack() as stack:
         write_row = _csv_writer(stack, csv_file, min(top, len(class_list))) if csv_file is not None else None
@@ -94,9 +106,7 @@ def classify(
         passed_on = sinks.pass_on(results)
         if report is not None:
             names, rule = classifier.class_names, classifier.rule
-            write_report(
-                report, passed_on, class_names=names, model=model, rule=rule, min_probability=min_probability
-            )
+            write_report(report, passed_on, class_names=names, model=model, rule=rule, min_probability=min_probability)
         for _ in passed_on:  # without a report nobody else has consumed them
             pass
     num_classified = len(source.records) - len(sinks.unreadable)
@@ -105,6 +115,8 @@ def classify(
         print_table(title, ["image", "class", "probability", "next"], sinks.table)
         if num_classified > len(sinks.table):
             say(f"... {num_classified - len(sinks.table)} more; --csv or --json gives all.")
+    if look is not None:
+        say(f"{look.num_again} of {num_classified} images, bf16's closest calls, were classified in fp32.")
     _closing_remarks(sinks.unreadable, sorter, [path for path in (report, csv_file) if path is not None])
 
 

@@ -10,8 +10,8 @@ import typer
 from vlkit.cli.addon_options import AddOns, ReferenceData, passes_of, pipeline_of, reference_for
 from vlkit.cli.console import Json, progress_bar
 from vlkit.cli.evaluate_addons import addons
+from vlkit.cli.evaluate_anchors import anchors
 from vlkit.cli.evaluate_common import (
-    REPORT_EXAMPLES,
     BatchSize,
     Data,
     Device,
@@ -26,6 +26,7 @@ from vlkit.cli.evaluate_common import (
     Split,
     Workers,
     check_targets,
+    examples_for,
     hand_over,
     make_line,
     read_classes,
@@ -39,6 +40,7 @@ from vlkit.cli.evaluate_naming import cluster_and_name, vocabulary_free
 from vlkit.cli.evaluate_pairs import blind_pairs, mine_pairs
 from vlkit.cli.evaluate_probes import base_to_new, cross_dataset, few_shot, knn, probe
 from vlkit.cli.evaluate_prompts import prompts
+from vlkit.cli.evaluate_reasons import doubly_right
 from vlkit.cli.evaluate_sets import image_retrieval, ood, worst_group
 from vlkit.cli.evaluate_suite import compare, report, suite
 from vlkit.cli.own_eval import require_own_eval
@@ -68,6 +70,12 @@ def retrieval(
     addon: AddOns = None,
     reference: ReferenceData = None,
     text_prefix: Annotated[str, typer.Option(help="Words before every caption, such as 'A photo depicts '.")] = "",
+    folds: Annotated[
+        int, typer.Option(min=1, help="Mean over so many equal parts, in the data's order: 5 for COCO's 1k.")
+    ] = 1,
+    true_recall: Annotated[
+        bool, typer.Option("--true-recall", help="Also how many of an image's captions are found, mAP, R-precision.")
+    ] = False,
     json_object: Json = False,
 ) -> None:
     """Recall of image-text retrieval in both directions, all captions used."""
@@ -77,23 +85,32 @@ def retrieval(
 
     check_targets(out, per_item, report)
     pipeline = pipeline_of(addon)
+    if true_recall and pipeline.addons:
+        raise ConfigError("--true-recall is measured without add-ons; leave --addon out.")
     source = read_source(
         data, format=format, images=images, split=split, image_column=image_column, caption_column=caption_column
     )
     remark_on(source, split)
+    from eval.folds import FoldedRetrieval
     from eval.retrieval import RetrievalEvaluator
 
     # Before the model is loaded: data that cannot be measured should be refused at once.
     evaluator = RetrievalEvaluator(
-        source.records, batch_size=batch_size, workers=workers, num_examples=REPORT_EXAMPLES if report else 0
+        source.records,
+        batch_size=batch_size,
+        workers=workers,
+        num_examples=examples_for(report, per_item),
+        text_prefix=text_prefix,
+        true_recall=true_recall,
     )
+    folded = FoldedRetrieval(evaluator, folds)
     embedder = source_of_features(model, device, features, no_cache)
     with progress_bar("retrieval", "images and texts") as tick:
         if pipeline.addons:
             passes = passes_of(pipeline, embedder, batch_size, workers)
             fit_on = reference_for(pipeline, "retrieval", passes, data, split, reference, text_prefix)
-            evaluator = replace(evaluator, passes=passes, reference=fit_on)
-        evaluation = replace(evaluator, progress=tick, text_prefix=text_prefix).run(embedder, pipeline)
+            folded = replace(folded, evaluator=replace(evaluator, passes=passes, reference=fit_on))
+        evaluation = replace(folded, progress=tick).run(embedder, pipeline)
     line = make_line(evaluation, "retrieval", embedder, device, data, source, split, started)
     title = f"{line['counts']['images']} images, {line['counts']['texts']} captions"
     hand_over(evaluation, line, title, out=out, per_item=per_item, report=report, as_json=json_object)
@@ -163,7 +180,7 @@ def classification(
             naming=classes.how,
             batch_size=batch_size,
             workers=workers,
-            num_examples=REPORT_EXAMPLES if report else 0,
+            num_examples=examples_for(report, per_item),
         )
     embedder = source_of_features(model, device, features, no_cache)
     with progress_bar("classification", "prompts and images") as tick:
@@ -184,10 +201,10 @@ for _command in (
     probe, few_shot, knn, base_to_new, cross_dataset, ood, image_retrieval, worst_group, caption_judgement,
     image_caption_choice, text_similarity, segmentation,
     composed_retrieval, blind_pairs, mine_pairs, vocabulary_free, cluster_and_name,
-    conditional_retrieval, referring, pointing, explanation,
+    conditional_retrieval, referring, pointing, explanation, doubly_right,
 ):  # fmt: skip
     app.command(_command.__name__.replace("_", "-"))(_command)
 
 
-for _command in (suite, compare, report, addons, prompts):
+for _command in (suite, compare, report, addons, anchors, prompts):
     app.command()(_command)

@@ -1,16 +1,17 @@
 """What the commands of `vlkit eval` share: their options, the model behind them, and how results leave them."""
 
 import inspect
+import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlkit.cli.console import Json, print_json, print_table, say
+from vlkit.cli.console import Json, print_json, print_table, progress_bar, say
 from vlkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,7 +35,13 @@ Format = Annotated[
 ]
 Split = Annotated[str | None, typer.Option(help="train, val or test; default: all images.")]
 Out = Annotated[Path, typer.Option(help="Results file, one JSON line an evaluation.")]
-PerItem = Annotated[Path | None, typer.Option(help="Also write one row a query to this Parquet file.")]
+PerItem = Annotated[
+    Path | None,
+    typer.Option(
+        help="Also write one row a query to this Parquet file, and figures beside it as JSON: `vlkit eval compare` and "
+        "`vlkit eval report` of the results file use both."
+    ),
+]
 Report = Annotated[Path | None, typer.Option(help="Also write an HTML page with examples.")]
 Device = Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a device's name.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images encoded together.")]
@@ -95,9 +102,32 @@ class Shared:
     json_object: Json = False
     started: float = field(default_factory=time.time, init=False)
 
+    @property
+    def num_examples(self) -> int:
+        """How many an evaluator keeps: none where no page will show them."""
+        return examples_for(self.report, self.per_item)
+
     def source(self) -> "FeatureSource":
         """The model, loaded when first needed."""
         return source_of_features(self.model, self.device, self.features, self.no_cache)
+
+    def run(
+        self,
+        evaluator: Any,
+        task: str,
+        unit: str,
+        *,
+        data: str,
+        source: "Source",
+        title: "Callable[[Evaluation], str]",
+        split: str | None = None,
+    ) -> "Evaluation":
+        """Load the model, evaluate under a progress bar of some unit, hand the outcome over."""
+        embedder = self.source()
+        with progress_bar(task, unit) as tick:
+            evaluation: Evaluation = replace(evaluator, progress=tick).run(embedder)
+        self.finish(evaluation, task, embedder, data, source, title(evaluation), split)
+        return evaluation
 
     def finish(
         self,
@@ -123,33 +153,54 @@ class Shared:
 
 
 def with_shared_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command, whose first parameter is `shared`, the options of `Shared` behind its own."""
+    """Give a command the options of `Shared`, its first parameter, and of every other group of options it takes.
+
+    A group is a dataclass whose fields are options. What must be given stands first in the help, then the command's
+    own options, then those of the groups.
+    """
     from vlkit.cli.own_eval import require_own_eval
 
-    shared = [one for one in fields(Shared) if one.init]
-    annotations = inspect.get_annotations(Shared)
-    own = list(inspect.signature(command).parameters.values())[1:]
-    added = [
-        inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotations[one.name])
-        if one.name == "model"
-        else inspect.Parameter(
-            one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=annotations[one.name]
-        )
-        for one in shared
-    ]
+    parameters = list(inspect.signature(command).parameters.values())
+    groups: dict[str, type[Any]] = {
+        one.name: one.annotation
+        for one in parameters
+        if isinstance(one.annotation, type) and is_dataclass(one.annotation)
+    }
+    own = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters if one.name not in groups]
+    of_groups = [option for group in (*list(groups.values())[1:], Shared) for option in _options_of(group)]
+    needed = [one for one in of_groups if one.default is inspect.Parameter.empty]
+    needed.sort(key=lambda one: one.name != "model")  # it stands first
+    shown = [*needed, *own, *(one for one in of_groups if one not in needed)]
 
     @wraps(command)
     def run(**given: Any) -> None:
         require_own_eval()
-        options = Shared(**{one.name: given.pop(one.name) for one in shared})
-        check_targets(options.out, options.per_item, options.report)
-        command(options, **given)
+        made = {
+            name: group(**{one.name: given.pop(one.name) for one in fields(group) if one.init})
+            for name, group in groups.items()
+        }
+        shared: Shared = made[parameters[0].name]
+        check_targets(shared.out, shared.per_item, shared.report)
+        command(**made, **given)
 
-    keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-    # `model` stands first in the help, the rest behind the command's own options.
-    run.__signature__ = inspect.Signature([added[0], *keyword, *added[1:]])  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*keyword, *added]}
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
     return run
+
+
+def _options_of(group: type[Any]) -> list[inspect.Parameter]:
+    """The fields of a group as parameters of a command."""
+    annotations = inspect.get_annotations(group)
+    return [
+        inspect.Parameter(
+            one.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if one.default is MISSING else one.default,
+            annotation=annotations[one.name],
+        )
+        for one in fields(group)
+        if one.init
+    ]
 
 
 def source_of_features(model: str, device: str, features: Path | None, no_cache: bool) -> "FeatureSource":
@@ -168,6 +219,11 @@ def source_of_features(model: str, device: str, features: Path | None, no_cache:
     from vlkit.features.stored_source import StoredSource
 
     return StoredSource(stored, source)
+
+
+def examples_for(report: Path | None, per_item: Path | None) -> int:
+    """How many examples an evaluator keeps for a page that is written now or later."""
+    return REPORT_EXAMPLES if report or per_item else 0
 
 
 def check_targets(out: Path, per_item: Path | None, report: Path | None) -> None:
@@ -231,15 +287,15 @@ def hand_over(
     report: Path | None,
     as_json: bool,
 ) -> None:
-    """Everything that leaves the command: the line, the files, the table, the remarks."""
+    """Everything that leaves the command: the files, the line, the table, the remarks."""
     from eval.report import write_report
     from eval.report_sections import evaluation_sections, metric_rows
-    from eval.results import append_result, write_per_item
+    from eval.results import append_result
 
+    if per_item is not None:
+        line = _with_files(line, evaluation, per_item, out)
     append_result(out, line)
     where = f"{line['task']}: {line['model']} on {line['data']}" + (f", {line['split']}" if line["split"] else "")
-    if per_item is not None:
-        write_per_item(per_item, evaluation)
     if report is not None:
         write_report(report, where, evaluation_sections(evaluation), title)
     if as_json:
@@ -257,3 +313,16 @@ def hand_over(
         if path is not None:
             say(f"written: {path}")
     say(f"appended to {out}")
+
+
+def _with_files(line: Mapping[str, Any], evaluation: "Evaluation", per_item: Path, out: Path) -> dict[str, Any]:
+    """Write the table of items and the figures; the line says where they lie, seen from the results file."""
+    from eval.report_sections import evaluation_sections
+    from eval.report_store import write_sections
+    from eval.results import write_per_item
+
+    files = {"per_item": per_item, "figures": per_item.with_suffix(".json")}
+    write_per_item(files["per_item"], evaluation)
+    write_sections(files["figures"], evaluation_sections(evaluation))
+    places = {name: os.path.relpath(path, out.parent) for name, path in files.items()}
+    return {**{key: value for key, value in line.items() if key != "run"}, "files": places, "run": line["run"]}

@@ -9,14 +9,17 @@ import typer
 from vlkit.cli.addon_options import AddOns, pipeline_of
 from vlkit.cli.console import progress_bar, say
 from vlkit.cli.evaluate_common import Images, Shared, Split, Templates, with_shared_options
-from vlkit.cli.evaluate_probes import Seed
-from vlkit.errors import ConfigError, DataError
+from vlkit.cli.evaluate_options import Seed, parse_numbers, read_lines_of
+from vlkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from eval.coco_instances import Scenes
+    from vlkit.contracts import Evaluation
     from vlkit.data.records import Source
 
-InstanceData = Annotated[str, typer.Option(help="COCO's instances_*.json, or the folder that holds it.")]
+InstanceData = Annotated[
+    str, typer.Option(help="COCO's instances_*.json or its folder; or a folder with images/, labels/, names.txt.")
+]
 HeatMethod = Annotated[
     str, typer.Option(help="patches (cosine), decomposition, legrad, relevance, or centre: looks at nothing.")
 ]
@@ -40,6 +43,10 @@ def segmentation(
     denoise: Annotated[float, typer.Option(help="Leave out names nowhere more probable than this.")] = 0.0,
     short_side: Annotated[int | None, typer.Option(min=1, help="Of the resized photo; default 1.5 windows.")] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="Of the window; default half of it.")] = None,
+    refine: Annotated[
+        int, typer.Option(min=0, help="Steps of PAMR: scores flow between pixels that look alike (SCLIP: 10).")
+    ] = 0,
+    refine_dilations: Annotated[str, typer.Option(help="Distances of PAMR's neighbours, in pixels.")] = "8,16",
     addon: AddOns = None,
     pictures: Pictures = None,
     num_pictures: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 12,
@@ -55,7 +62,7 @@ def segmentation(
     scenes, source = read_scenes(data, images)
     named = None
     if names is not None:
-        lines = _lines(names)
+        lines = read_lines_of(names, "names")
         parse_class_list(lines, str(names))
         named = lines
     evaluator = SegmentationEvaluator(
@@ -68,9 +75,12 @@ def segmentation(
         denoise,
         short_side,
         stride,
+        refine,
+        parse_numbers(refine_dilations, "--refine-dilations"),
         pictures,
         num_pictures,
         seed,
+        shared.num_examples,
     )
     embedder = shared.source()
     if pipeline.addons and not pipeline.fitted:
@@ -123,11 +133,11 @@ def referring(
         expressions = unique_objects(scenes)
     shown: tuple[Any, ...] = tuple(view.strip() for view in views.split(","))
     evaluator = ReferringEvaluator(expressions, shown, template, num_others, shared.batch_size, shared.workers, seed)
-    embedder = shared.source()
-    with progress_bar("referring", "views") as tick:
-        evaluation = replace(evaluator, progress=tick).run(embedder)
-    title = f"{evaluation.counts['expressions']} expressions, {evaluation.counts['boxes']} boxes, {form}"
-    shared.finish(evaluation, "referring", embedder, data, source, title, split)
+
+    def title(evaluation: "Evaluation") -> str:
+        return f"{evaluation.counts['expressions']} expressions, {evaluation.counts['boxes']} boxes, {form}"
+
+    shared.run(evaluator, "referring", "views", data=data, source=source, title=title, split=split)
 
 
 @with_shared_options
@@ -146,12 +156,12 @@ def pointing(
 
     load_templates(templates)
     scenes, source = read_scenes(data, images)
-    evaluator = PointingEvaluator(scenes, method, templates, tolerance, seed)
-    embedder = shared.source()
-    with progress_bar("pointing", "images") as tick:
-        evaluation = replace(evaluator, progress=tick).run(embedder)
-    title = f"{evaluation.counts['pairs']} photographs and categories, {method}"
-    shared.finish(evaluation, "pointing", embedder, data, source, title)
+    evaluator = PointingEvaluator(scenes, method, templates, tolerance, seed, shared.num_examples)
+
+    def title(evaluation: "Evaluation") -> str:
+        return f"{evaluation.counts['pairs']} photographs and categories, {method}"
+
+    shared.run(evaluator, "pointing", "images", data=data, source=source, title=title)
 
 
 @with_shared_options
@@ -169,30 +179,24 @@ def explanation(
 
     load_templates(templates)
     scenes, source = read_scenes(data, images)
-    evaluator = ExplanationEvaluator(scenes, method, templates, seed)
-    embedder = shared.source()
-    with progress_bar("explanation", "images") as tick:
-        evaluation = replace(evaluator, progress=tick).run(embedder)
-    title = f"{evaluation.counts['images']} photographs, {method}"
-    shared.finish(evaluation, "explanation", embedder, data, source, title)
+    evaluator = ExplanationEvaluator(scenes, method, templates, seed, shared.num_examples)
+
+    def title(evaluation: "Evaluation") -> str:
+        return f"{evaluation.counts['images']} photographs, {method}"
+
+    shared.run(evaluator, "explanation", "images", data=data, source=source, title=title)
 
 
 def read_scenes(data: str, images: Path | None) -> "tuple[Scenes, Source]":
     """Photographs with objects, and what stands for them in the line of the result."""
     from eval.coco_instances import read_instances
+    from eval.label_folders import is_label_folder, read_label_folder
     from vlkit.data.records import Source
 
-    scenes = read_instances(data, images)
+    scenes = read_label_folder(data) if is_label_folder(data) else read_instances(data, images)
     records = tuple(scene.record for scene in scenes.images)
     source = Source(records, "coco_instances", scenes.root, scenes.names, scenes.problems)
     say(f"{scenes.root}: {len(scenes.images)} photographs with objects, {len(scenes.names)} categories")
     for line in scenes.problems.lines():
         say(f"left out: {line}")
     return scenes, source
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read the names {file}: {error}.") from error

@@ -1,28 +1,17 @@
 """`vlkit eval vocabulary-free | cluster-and-name`: names for images nobody listed classes for."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlkit.cli.console import progress_bar, say
-from vlkit.cli.evaluate_common import (
-    ClassNames,
-    Data,
-    Exclude,
-    Format,
-    Images,
-    Shared,
-    Split,
-    read_classes,
-    remark_on,
-    with_shared_options,
-)
+from vlkit.cli.console import say
+from vlkit.cli.evaluate_common import Shared, with_shared_options
+from vlkit.cli.evaluate_options import ClassSplit, parse_numbers, read_lines_of
 from vlkit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from vlkit.data.records import Record, Source
+    from vlkit.contracts import Evaluation
 
 Captions = Annotated[str, typer.Option(help="Images with captions to take names from, e.g. a training set.")]
 
@@ -30,24 +19,19 @@ Captions = Annotated[str, typer.Option(help="Images with captions to take names 
 @with_shared_options
 def vocabulary_free(
     shared: Shared,
-    data: Data,
+    unsorted: ClassSplit,
     captions: Captions,
     num_captions: Annotated[int, typer.Option(min=1, help="Nearest captions of an image.")] = 10,
     alpha: Annotated[float, typer.Option(help="Weight of the image; the rest is that of its captions.")] = 0.7,
     template: Annotated[str, typer.Option(help="Of a candidate name.")] = "a photo of a {}",
-    class_names: ClassNames = None,
-    exclude: Exclude = None,
-    format: Format = None,  # noqa: A002  (the option's name)
-    images: Images = None,
-    split: Split = None,
 ) -> None:
     """CaSED: name images with the nouns of their nearest captions; the classes only measure the names."""
     from eval.vocabulary_free import VocabularyFreeEvaluator
 
-    source, records, names = _with_classes(data, images, format, split, class_names, exclude)
+    source, classes = unsorted.read_if_any()
     evaluator = VocabularyFreeEvaluator(
-        records,
-        names,
+        classes.records,
+        classes.names,
         caption_texts(captions),
         num_captions,
         alpha,
@@ -55,17 +39,25 @@ def vocabulary_free(
         batch_size=shared.batch_size,
         workers=shared.workers,
     )
-    embedder = shared.source()
-    with progress_bar("vocabulary-free", "images and captions") as tick:
-        evaluation = replace(evaluator, progress=tick).run(embedder)
-    title = f"{evaluation.counts['images']} images, {evaluation.counts['names']} names from {captions}"
-    shared.finish(evaluation, "vocabulary-free", embedder, data, source, title, split)
+
+    def title(evaluation: "Evaluation") -> str:
+        return f"{evaluation.counts['images']} images, {evaluation.counts['names']} names from {captions}"
+
+    shared.run(
+        evaluator,
+        "vocabulary-free",
+        "images and captions",
+        data=unsorted.data,
+        source=source,
+        title=title,
+        split=unsorted.split,
+    )
 
 
 @with_shared_options
 def cluster_and_name(
     shared: Shared,
-    data: Data,
+    unsorted: ClassSplit,
     clusters: Annotated[str, typer.Option(help="How many; several with commas: the coding length chooses.")],
     captions: Annotated[str | None, typer.Option(help="Images with captions whose nouns name clusters.")] = None,
     words: Annotated[Path | None, typer.Option(help="A file with a name a line, in place of captions.")] = None,
@@ -78,11 +70,6 @@ def cluster_and_name(
     head_batch: Annotated[int, typer.Option(min=2, help="Images a step of the head.")] = 1024,
     lr: Annotated[float, typer.Option(help="Learning rate of the head.")] = 1e-4,
     seed: Annotated[int, typer.Option(help="Of the head's training and of the clustering.")] = 0,
-    class_names: ClassNames = None,
-    exclude: Exclude = None,
-    format: Format = None,  # noqa: A002  (the option's name)
-    images: Images = None,
-    split: Split = None,
 ) -> None:
     """CPP: cluster images by rate reduction, find how many clusters there are, and name them.
 
@@ -95,19 +82,27 @@ def cluster_and_name(
     if words is not None and captions is not None:
         raise ConfigError("--words and --captions both name clusters; give one.")
     settings = CppSettings(hidden, dim, eta, epochs, warm_up, head_batch, lr, seed)
-    numbers = _numbers(clusters)
-    source, records, names = _with_classes(data, images, format, split, class_names, exclude)
-    vocabulary = caption_nouns(caption_texts(captions)) if captions is not None else _lines(words)
+    numbers = parse_numbers(clusters, "--clusters")
+    source, classes = unsorted.read_if_any()
+    vocabulary = caption_nouns(caption_texts(captions)) if captions is not None else _words(words)
     evaluator = ClusterAndNameEvaluator(
-        records, names, vocabulary, numbers, settings, template, shared.batch_size, shared.workers
+        classes.records, classes.names, vocabulary, numbers, settings, template, shared.batch_size, shared.workers
     )
-    embedder = shared.source()
-    with progress_bar("cluster-and-name", "images and steps") as tick:
-        evaluation = replace(evaluator, progress=tick).run(embedder)
+
+    def title(evaluation: "Evaluation") -> str:
+        return f"{evaluation.counts['images']} images, {evaluation.counts['clusters']} clusters"
+
+    evaluation = shared.run(
+        evaluator,
+        "cluster-and-name",
+        "images and steps",
+        data=unsorted.data,
+        source=source,
+        title=title,
+        split=unsorted.split,
+    )
     for number, name in enumerate(evaluation.figures["cluster_names"]):
         say(f"cluster {number}: {name}")
-    title = f"{evaluation.counts['images']} images, {evaluation.counts['clusters']} clusters"
-    shared.finish(evaluation, "cluster-and-name", embedder, data, source, title, split)
 
 
 def caption_texts(data: str) -> list[str]:
@@ -123,38 +118,5 @@ def caption_texts(data: str) -> list[str]:
     return texts
 
 
-def _with_classes(
-    data: str,
-    images: Path | None,
-    format: str | None,  # noqa: A002  (the option's name)
-    split: str | None,
-    class_names: Path | None,
-    exclude: list[str] | None,
-) -> "tuple[Source, tuple[Record, ...], tuple[str, ...]]":
-    """Images with the names of their classes, or without any: these commands are for folders that nobody sorted."""
-    from vlkit.data.sources import read_source
-
-    if class_names is None and not exclude:
-        source = read_source(data, format=format, images=images, split=split)
-        if not source.class_names:
-            remark_on(source, split)
-            say("The images have no classes, so nothing is measured; --per-item FILE.parquet keeps what is found.")
-            return source, tuple(source.records), ()
-    source, classes = read_classes(data, images, format, split, class_names, exclude)
-    return source, tuple(classes.records), tuple(classes.names)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise ConfigError(f"--clusters is {text!r}; expected numbers, separated by commas.") from error
-
-
-def _lines(file: Path | None) -> list[str]:
-    if file is None:
-        return []
-    try:
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read the words {file}: {error}.") from error
+def _words(file: Path | None) -> list[str]:
+    return [] if file is None else [line.strip() for line in read_lines_of(file, "words") if line.strip()]

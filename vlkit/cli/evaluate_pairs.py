@@ -17,7 +17,7 @@ from vlkit.cli.evaluate_common import (
     source_of_features,
     with_shared_options,
 )
-from vlkit.cli.evaluate_probes import Seed
+from vlkit.cli.evaluate_options import Seed
 from vlkit.errors import ConfigError
 
 

@@ -1,45 +1,24 @@
 """`vlkit eval probe | few-shot | knn | base-to-new | cross-dataset`: what frozen features and few labels are worth."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlkit.cli.console import progress_bar
-from vlkit.cli.evaluate_common import (
-    ClassNames,
-    Data,
-    Exclude,
-    Format,
-    Images,
-    Shared,
-    Templates,
-    read_classes,
-    remark_on,
-    with_shared_options,
-)
+from vlkit.cli.evaluate_common import Exclude, Format, Images, Shared, Templates, remark_on, with_shared_options
+from vlkit.cli.evaluate_options import ClassData, Seed, named_path, parse_numbers
 from vlkit.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from eval.base_to_new import GeneralisationSet
+    from vlkit.contracts import Evaluation
     from vlkit.data.records import Source
-
-Seed = Annotated[int, typer.Option(help="Of the division of data without splits, and of the bootstrap.")]
 
 
 @with_shared_options
-def probe(
-    shared: Shared,
-    data: Data,
-    class_names: ClassNames = None,
-    exclude: Exclude = None,
-    format: Format = None,  # noqa: A002  (the option's name)
-    images: Images = None,
-    seed: Seed = 0,
-) -> None:
+def probe(shared: Shared, labelled: ClassData, seed: Seed = 0) -> None:
     """Linear probe: L-BFGS logistic regression on frozen features, C chosen on validation; image-only models too."""
-    source, classes = read_classes(data, images, format, None, class_names, exclude)
+    source, classes = labelled.read()
     from eval.labelled import divide
     from eval.probe import LinearProbeEvaluator
 
@@ -47,28 +26,24 @@ def probe(
     evaluator = LinearProbeEvaluator(
         parts, classes.names, batch_size=shared.batch_size, workers=shared.workers, seed=seed
     )
-    embedder = shared.source()
-    with progress_bar("probe", "images") as tick:
-        evaluation = replace(evaluator, progress=tick).run(embedder)
-    title = f"{evaluation.counts['images']} test images, {len(classes.names)} classes"
-    shared.finish(evaluation, "probe", embedder, data, source, title)
+
+    def title(evaluation: "Evaluation") -> str:
+        return f"{evaluation.counts['images']} test images, {len(classes.names)} classes"
+
+    shared.run(evaluator, "probe", "images", data=labelled.data, source=source, title=title)
 
 
 @with_shared_options
 def few_shot(
     shared: Shared,
-    data: Data,
+    labelled: ClassData,
     shots: Annotated[str, typer.Option(help="Images a class, separated by commas.")] = "1,2,4,8,16",
     seeds: Annotated[str, typer.Option(help="Seeds of the draws, separated by commas.")] = "1,2,3",
-    class_names: ClassNames = None,
-    exclude: Exclude = None,
-    format: Format = None,  # noqa: A002  (the option's name)
-    images: Images = None,
     seed: Seed = 0,
 ) -> None:
     """Linear probes on a few images a class, averaged over draws."""
-    chosen, drawn = _numbers(shots, "--shots"), _numbers(seeds, "--seeds")
-    source, classes = read_classes(data, images, format, None, class_names, exclude)
+    chosen, drawn = parse_numbers(shots, "--shots"), parse_numbers(seeds, "--seeds")
+    source, classes = labelled.read()
     from eval.few_shot import FewShotEvaluator
     from eval.labelled import divide
 
@@ -76,28 +51,24 @@ def few_shot(
     evaluator = FewShotEvaluator(
         parts, classes.names, chosen, drawn, batch_size=shared.batch_size, workers=shared.workers
     )
-    embedder = shared.source()
-    with progress_bar("few-shot", "images and fits") as tick:
-        evaluation = replace(evaluator, progress=tick).run(embedder)
-    title = f"{evaluation.counts['images']} test images, {len(classes.names)} classes, {len(drawn)} draws"
-    shared.finish(evaluation, "few-shot", embedder, data, source, title)
+
+    def title(evaluation: "Evaluation") -> str:
+        return f"{evaluation.counts['images']} test images, {len(classes.names)} classes, {len(drawn)} draws"
+
+    shared.run(evaluator, "few-shot", "images and fits", data=labelled.data, source=source, title=title)
 
 
 @with_shared_options
 def knn(
     shared: Shared,
-    data: Data,
+    labelled: ClassData,
     k: Annotated[str, typer.Option("-k", help="Numbers of neighbours, separated by commas.")] = "1,5,10,20",
     temperature: Annotated[float, typer.Option(help="A neighbour at cosine s votes exp(s / temperature).")] = 0.07,
-    class_names: ClassNames = None,
-    exclude: Exclude = None,
-    format: Format = None,  # noqa: A002  (the option's name)
-    images: Images = None,
     seed: Seed = 0,
 ) -> None:
     """Weighted vote of the k nearest training images; nothing is fitted."""
-    ks = _numbers(k, "-k")
-    source, classes = read_classes(data, images, format, None, class_names, exclude)
+    ks = parse_numbers(k, "-k")
+    source, classes = labelled.read()
     from eval.knn import KnnEvaluator
     from eval.labelled import divide
 
@@ -105,11 +76,11 @@ def knn(
     evaluator = KnnEvaluator(
         parts, classes.names, ks, temperature, batch_size=shared.batch_size, workers=shared.workers, seed=seed
     )
-    embedder = shared.source()
-    with progress_bar("knn", "images") as tick:
-        evaluation = replace(evaluator, progress=tick).run(embedder)
-    title = f"{evaluation.counts['images']} test images, {evaluation.counts['train_images']} neighbours"
-    shared.finish(evaluation, "knn", embedder, data, source, title)
+
+    def title(evaluation: "Evaluation") -> str:
+        return f"{evaluation.counts['images']} test images, {evaluation.counts['train_images']} neighbours"
+
+    shared.run(evaluator, "knn", "images", data=labelled.data, source=source, title=title)
 
 
 @with_shared_options
@@ -132,10 +103,8 @@ def base_to_new(
     evaluator = BaseToNewEvaluator(
         sets, ZeroShot(templates), shots, batch_size=shared.batch_size, workers=shared.workers
     )
-    embedder = shared.source()
-    with progress_bar("base-to-new", "sets") as tick:
-        evaluation = replace(evaluator, progress=tick).run(embedder)
-    shared.finish(evaluation, "base-to-new", embedder, "::".join(data), source, f"{len(sets)} sets, zero-shot")
+    title = f"{len(sets)} sets, zero-shot"
+    shared.run(evaluator, "base-to-new", "sets", data="::".join(data), source=source, title=lambda _: title)
 
 
 @with_shared_options
@@ -158,11 +127,8 @@ def cross_dataset(
     evaluator = CrossDatasetEvaluator(
         sets[0], sets[1:], ZeroShot(templates), shots, batch_size=shared.batch_size, workers=shared.workers
     )
-    embedder = shared.source()
-    with progress_bar("cross-dataset", "sets") as tick:
-        evaluation = replace(evaluator, progress=tick).run(embedder)
-    named = "::".join([data, *target])
-    shared.finish(evaluation, "cross-dataset", embedder, named, source, f"{len(sets) - 1} targets, zero-shot")
+    title, named = f"{len(sets) - 1} targets, zero-shot", "::".join([data, *target])
+    shared.run(evaluator, "cross-dataset", "sets", data=named, source=source, title=lambda _: title)
 
 
 def _sets(
@@ -193,21 +159,3 @@ def _sets(
         if one not in known:
             raise ConfigError(f"No data set has a class folder {one!r} to exclude. {did_you_mean(one, sorted(known))}")
     return source, sets
-
-
-def named_path(item: str) -> tuple[str, str]:
-    """`NAME=PATH` as the two; a path alone is named after its folder or file."""
-    name, equals, path = item.partition("=")
-    if equals and name and path and not Path(item).exists():
-        return name, path
-    return Path(item).stem, item
-
-
-def _numbers(text: str, option: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"{option} {text!r}: expected whole numbers separated by commas, e.g. 1,2,4.") from None
-    if len(set(numbers)) != len(numbers) or min(numbers) < 1:
-        raise ConfigError(f"{option} {text!r}: expected different numbers from 1.")
-    return numbers

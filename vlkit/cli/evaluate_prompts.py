@@ -7,10 +7,11 @@ import typer
 
 from vlkit.cli.console import Json, print_json, print_table, progress_bar, say
 from vlkit.cli.evaluate_common import ClassNames, Device, Exclude, Format, Images, Model, NoCache, remark_on
-from vlkit.cli.evaluate_probes import _numbers, named_path
+from vlkit.cli.evaluate_options import named_path, parse_numbers
 from vlkit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from eval.coop_sets import Preset
     from eval.prompt_grid import PromptSet
     from eval.prompt_table import Row
 
@@ -22,9 +23,19 @@ def prompts(
     methods: Annotated[
         str, typer.Option(help="zero-shot and names from `vlkit methods`, with commas; settings as in coop:context=4.")
     ],
-    data: Annotated[list[str], typer.Option(help="A data set with classes; may be repeated, also as NAME=PATH.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="A data set with classes; may be repeated, also as NAME=PATH. With a coop... protocol the one folder "
+            "that holds CoOp's data sets."
+        ),
+    ],
     protocol: Annotated[
-        str, typer.Option(help="base-to-new; few-shot; or transfer: learn the first data set, test all.")
+        str,
+        typer.Option(
+            help="base-to-new; few-shot; transfer: learn the first data set, test all; or over the sets of papers, as "
+            "CoOp lays them out: coop11-base-to-new, coop11-few-shot, coop-cross-dataset, coop-domain-shift."
+        ),
     ] = "base-to-new",
     shots: Annotated[str, typer.Option(help="Images a class, separated by commas.")] = "16",
     seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "1,2,3",
@@ -53,10 +64,12 @@ def prompts(
     from vlkit.cli.own_eval import require_own_eval
 
     require_own_eval()
-    if protocol not in PROTOCOLS:
-        raise ConfigError(f"--protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}.")
+    from eval.coop_sets import PRESETS
+
+    if protocol not in (*PROTOCOLS, *PRESETS):
+        raise ConfigError(f"--protocol {protocol!r}: expected one of {', '.join((*PROTOCOLS, *PRESETS))}.")
     from eval.prompt_grid import RESULTS, Grid, run_grid
-    from eval.prompt_table import rows_of
+    from eval.prompt_table import TABLE, cells, columns, rows_of, write_table
     from eval.results import check_writable
     from vlkit.addons.class_weights.templates import load_templates
     from vlkit.features.cache import FeatureCache
@@ -65,12 +78,17 @@ def prompts(
 
     load_templates(templates)
     check_writable(out / RESULTS)
+    preset = PRESETS.get(protocol)
+    if preset is not None:
+        sets = _coop(preset, data, (format, images, class_names, exclude))
+    else:
+        sets = tuple(_read(item, format, images, class_names, exclude) for item in data)
     grid = Grid(
         methods=split_methods(methods),
-        sets=tuple(_read(item, format, images, class_names, exclude) for item in data),
-        protocol=protocol,  # type: ignore[arg-type]
-        shots=_numbers(shots, "--shots"),
-        seeds=_numbers(seeds, "--seeds"),
+        sets=sets,
+        protocol=protocol if preset is None else preset.protocol,  # type: ignore[arg-type]
+        shots=parse_numbers(shots, "--shots"),
+        seeds=parse_numbers(seeds, "--seeds"),
         templates=templates,
         max_seconds=max_seconds,
     )
@@ -83,12 +101,14 @@ def prompts(
                 print_json(line)
             else:
                 say(_remark(line))
-    rows = rows_of(lines)
+    rows, title = rows_of(lines), f"{protocol}, {model}, {len(grid.sets)} data set(s), {len(grid.seeds)} seed(s)"
+    write_table(out / TABLE, title, rows, grid.protocol)
     if not json_lines:
         tests = list(rows[0].accuracy)
-        title = f"{protocol}, {model}, {len(grid.sets)} data set(s), {len(grid.seeds)} seed(s)"
-        print_table(title, columns(tests, protocol), [cells(row, tests, protocol) for row in rows])
-    say(f"{len(lines)} cells in {out / RESULTS}")
+        print_table(title, columns(tests, grid.protocol), [cells(row, tests, grid.protocol) for row in rows])
+        if preset is not None and grid.protocol == "base-to-new":
+            _print_published(model, lines, rows, whole=len(grid.sets) == len(preset.sets))
+    say(f"{len(lines)} cells in {out / RESULTS}, the table in {out / TABLE}")
 
 
 def split_methods(text: str) -> tuple[str, ...]:
@@ -102,29 +122,34 @@ def split_methods(text: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def columns(tests: list[str], protocol: str) -> list[str]:
-    """Of the table."""
-    means = ["harmonic mean"] if protocol == "base-to-new" else []
-    return ["method", "shots", *tests, *means, "train s", "steps", "trained", "text ms", "ms an image"]
+def _coop(preset: "Preset", data: list[str], others: tuple[Any, ...]) -> "tuple[PromptSet, ...]":
+    from eval.coop_sets import read_coop_sets
+
+    if len(data) != 1 or any(others):
+        raise ConfigError(
+            "The coop... protocols take one --data, the folder of the data sets, and no other option on it."
+        )
+    found = read_coop_sets(data[0], preset)
+    say(f"{data[0]}: {', '.join(one.name for one in found.sets)}")
+    if found.missing:
+        say(f"not there, so left out of every mean: {', '.join(found.missing)}")
+    return found.sets
 
 
-def cells(row: "Row", tests: list[str], protocol: str) -> list[Any]:
-    """Of one row."""
+def _print_published(model: str, lines: "list[dict[str, Any]]", rows: "list[Row]", whole: bool) -> None:
+    """Zero-shot beside what was published for these weights; the means only where no set is missing."""
+    from eval.prompt_grid import ZERO_SHOT
+    from eval.published import compare_base_to_new
 
-    def shown(test: str) -> str:
-        value, interval = row.accuracy.get(test), row.interval.get(test)
-        if value is None or interval is None:
-            return "-"
-        return f"{value:.2%} [{interval[0]:.2%}, {interval[1]:.2%}]"
-
-    means = []
-    if protocol == "base-to-new":
-        means = ["-" if row.harmonic_mean is None else f"{row.harmonic_mean:.2%}"]
-    per_image = f"{row.image_milliseconds:.3f}" + (" (its own weights)" if row.text_for_each_image else "")
-    return [
-        row.method, row.shots, *map(shown, tests), *means, f"{row.train_seconds:.1f}", f"{row.steps:.0f}", row.trained,
-        f"{row.text_milliseconds:.1f}", per_image,
-    ]  # fmt: skip
+    plain = [line for line in lines if line["method"] == ZERO_SHOT]
+    metrics = {f"{line['data']}/{half}": line["metrics"][half] for line in plain for half in ("base", "new")}
+    row = next((row for row in rows if row.method == ZERO_SHOT), None)
+    if whole and row is not None:
+        metrics |= {"base": row.accuracy["base"], "new": row.accuracy["new"], "harmonic_mean": row.harmonic_mean}
+    anchors = compare_base_to_new(model, metrics)
+    if anchors:
+        cells = [(key, f"{one.published + one.difference:.2%}", f"{one.published:.2%}") for key, one in anchors.items()]
+        print_table("zero-shot beside the published numbers", ("what", "here", "published"), cells)
 
 
 def _remark(line: dict[str, Any]) -> str:

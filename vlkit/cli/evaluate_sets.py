@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vlkit.cli.addon_options import AddOns, ReferenceData, passes_of, pipeline_of, reference_for
 from vlkit.cli.console import progress_bar
 from vlkit.cli.evaluate_common import (
-    ClassNames,
     Data,
     Exclude,
     Format,
@@ -20,12 +20,13 @@ from vlkit.cli.evaluate_common import (
     remark_on,
     with_shared_options,
 )
-from vlkit.cli.evaluate_probes import Seed, named_path
+from vlkit.cli.evaluate_options import ClassSplit, Seed, named_path
 from vlkit.errors import DataError
 
 if TYPE_CHECKING:
     from eval.class_names import NamedClasses
     from eval.ood import Kind, OutSet
+    from vlkit.contracts import Evaluation
     from vlkit.data.records import Record
 
 OutOption = Annotated[list[str] | None, typer.Option(help="A set of images, PATH or NAME=PATH; may be repeated.")]
@@ -34,17 +35,12 @@ OutOption = Annotated[list[str] | None, typer.Option(help="A set of images, PATH
 @with_shared_options
 def ood(
     shared: Shared,
-    data: Data,
+    known: ClassSplit,
     near: OutOption = None,
     far: OutOption = None,
     shifted: OutOption = None,
-    class_names: ClassNames = None,
-    exclude: Exclude = None,
     templates: Templates = "simple",
     temperature: Annotated[float, typer.Option(help="Of MCM's softmax over cosines.")] = 1.0,
-    format: Format = None,  # noqa: A002  (the option's name)
-    images: Images = None,
-    split: Split = None,
 ) -> None:
     """Tell known classes from other images: AUROC and FPR95 of MCM, max-softmax, energy and the largest cosine.
 
@@ -54,7 +50,7 @@ def ood(
     from vlkit.addons.class_weights.templates import load_templates
 
     load_templates(templates)
-    source, classes = read_classes(data, images, format, split, class_names, exclude)
+    source, classes = known.read()
     outside = [*_outside("near", near), *_outside("far", far), *_outside("shifted", shifted)]
     evaluator = OodEvaluator(
         classes.records,
@@ -65,11 +61,11 @@ def ood(
         batch_size=shared.batch_size,
         workers=shared.workers,
     )
-    embedder = shared.source()
-    with progress_bar("ood", "prompts and images") as tick:
-        evaluation = replace(evaluator, progress=tick).run(embedder)
-    title = f"{evaluation.counts['known_images']} known images, {len(outside)} outside sets"
-    shared.finish(evaluation, "ood", embedder, data, source, title, split)
+
+    def title(evaluation: "Evaluation") -> str:
+        return f"{evaluation.counts['known_images']} known images, {len(outside)} outside sets"
+
+    shared.run(evaluator, "ood", "prompts and images", data=known.data, source=source, title=title, split=known.split)
 
 
 @with_shared_options
@@ -99,17 +95,17 @@ def image_retrieval(
     evaluator = ImageRetrievalEvaluator(
         classes.records, asked, lists, batch_size=shared.batch_size, workers=shared.workers, seed=seed
     )
-    embedder = shared.source()
-    with progress_bar("image-retrieval", "images") as tick:
-        evaluation = replace(evaluator, progress=tick).run(embedder)
-    title = f"{evaluation.counts['queries']} queries, {evaluation.counts['images']} images"
-    shared.finish(evaluation, "image-retrieval", embedder, data, source, title, split)
+
+    def title(evaluation: "Evaluation") -> str:
+        return f"{evaluation.counts['queries']} queries, {evaluation.counts['images']} images"
+
+    shared.run(evaluator, "image-retrieval", "images", data=data, source=source, title=title, split=split)
 
 
 @with_shared_options
 def worst_group(
     shared: Shared,
-    data: Data,
+    labelled: ClassSplit,
     groups: Annotated[Path, typer.Option(help="CSV or TSV table with a column of image names and one of groups.")],
     key_column: Annotated[str, typer.Option(help="Column of the image names.")] = "file",
     group_column: Annotated[str, typer.Option(help="Column of the groups.")] = "group",
@@ -117,12 +113,9 @@ def worst_group(
         bool, typer.Option("--by-class", help="A group is a class and a group, as Waterbirds.")
     ] = False,
     min_images: Annotated[int, typer.Option(min=1, help="Smaller groups cannot be the worst.")] = 1,
-    class_names: ClassNames = None,
-    exclude: Exclude = None,
     templates: Templates = "simple",
-    format: Format = None,  # noqa: A002  (the option's name)
-    images: Images = None,
-    split: Split = None,
+    addon: AddOns = None,
+    reference: ReferenceData = None,
 ) -> None:
     """Zero-shot accuracy of every group of a column, and of the worst."""
     from eval.classification import ClassificationEvaluator
@@ -130,8 +123,9 @@ def worst_group(
     from vlkit.addons.class_weights.templates import load_templates
 
     load_templates(templates)
+    pipeline = pipeline_of(addon)
     table = read_groups(groups, key_column, group_column)
-    source, classes = read_classes(data, images, format, split, class_names, exclude)
+    source, classes = labelled.read()
     inner = ClassificationEvaluator(
         classes.records,
         classes.names,
@@ -143,9 +137,13 @@ def worst_group(
     evaluator = WorstGroupEvaluator(inner, table, by_class, min_images)
     embedder = shared.source()
     with progress_bar("worst-group", "prompts and images") as tick:
-        evaluation = replace(evaluator, classification=replace(inner, progress=tick)).run(embedder)
+        if pipeline.addons:
+            passes = passes_of(pipeline, embedder, shared.batch_size, shared.workers)
+            fit_on = reference_for(pipeline, "classification", passes, labelled.data, labelled.split, reference)
+            inner = replace(inner, passes=passes, reference=fit_on)
+        evaluation = replace(evaluator, classification=replace(inner, progress=tick)).run(embedder, pipeline)
     title = f"{evaluation.counts['images']} images, {evaluation.counts['groups']} groups"
-    shared.finish(evaluation, "worst-group", embedder, data, source, title, split)
+    shared.finish(evaluation, "worst-group", embedder, labelled.data, source, title, labelled.split)
 
 
 def _same_classes(asked: "NamedClasses", gallery: "NamedClasses", where: str) -> "list[Record]":

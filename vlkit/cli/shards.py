@@ -8,6 +8,7 @@ import typer
 from vlkit.cli.console import Json, out, print_json, progress_bar, say
 from vlkit.cli.shards_build import Workers, build, processes
 from vlkit.cli.shards_curate import dedupe, leakage, select
+from vlkit.cli.shards_reinforce import reinforce
 from vlkit.escape import terminal_text
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ app = typer.Typer(help="Build, check, summarize, clean and choose webdataset sha
 Shards = Annotated[str, typer.Argument(help="A folder of shards, a tar, a glob, or braces like {00000..00099}.tar.")]
 
 
-for command in (build, dedupe, leakage, select):
+for command in (build, dedupe, leakage, select, reinforce):
     app.command()(command)
 
 

@@ -72,6 +72,7 @@ def _show_result(out: Path, json: bool) -> None:
     result: dict[str, Any] = {
         "out": str(out),
         "model": f"run:{out}",
+        "summary": str(out / "summary.html"),
         **{name: last[name] for name in ("step", "samples", "epoch", "seconds", "loss", "logit_scale")},
         "eval": evaluated[-1]["eval"] if evaluated else {},
     }

@@ -79,7 +79,7 @@ class CaptionChoice:
         found: list[Text] = []
         weights: list[float] = []
         for field, weight in self.fields or ((None, 1.0),):
-            texts = shard.captions(i) if field is None else _texts_of(shard, i, field)
+            texts = shard.captions(i) if field is None else texts_of_field(shard, i, field)
             stored = shard.tokens(tokens_name(tokenizer_id, field), i)
             usable = stored is not None and len(stored) == len(texts)
             for n, text in enumerate(texts):
@@ -174,7 +174,7 @@ def _names_in(shard: ShardIndex, i: int) -> Iterator[str]:
         return
 
 
-def _texts_of(shard: ShardIndex, i: int, field: str) -> list[str]:
+def texts_of_field(shard: ShardIndex, i: int, field: str) -> list[str]:
     """The captions in a field: a text, or a list of texts."""
     if field == TXT:
         return list(shard.captions(i)) if shard.column("caption_offset")[i] >= 0 else []

@@ -11,6 +11,9 @@ from vlkit.contracts import ImageTextBatch
 from vlkit.data.captions import Tokenizer
 from vlkit.data.sample_reader import Rows
 
+# In a batch's `extra`: (B,) which of its fixed views each image is in.
+VIEW = "view"
+
 
 @dataclass(frozen=True)
 class Collator:
@@ -23,6 +26,7 @@ class Collator:
         tokens = [row for part in parts for row in part.tokens]
         num_texts = torch.tensor([count for part in parts for count in part.num_texts])
         labels = [label for part in parts for label in part.labels]
+        views = [view for part in parts for view in part.views]
         return ImageTextBatch(
             images=torch.empty(0, dtype=torch.uint8),
             tokens=self.tokenizer.pad(tokens),
@@ -30,7 +34,7 @@ class Collator:
             ids=torch.from_numpy(ids),
             caption_hash=torch.tensor([value for part in parts for value in part.caption_hash], dtype=torch.int64),
             valid=torch.tensor([value for part in parts for value in part.valid]),
-            extra={"labels": torch.tensor(labels)} if labels else {},
+            extra={name: torch.tensor(values) for name, values in (("labels", labels), (VIEW, views)) if values},
             keys=[key for part in parts for key in part.keys],
         )
 

@@ -35,6 +35,7 @@ from vlkit.data.feed import SPARE_SLOTS, Feed, ReadJob
 from vlkit.data.pass_order import WINDOW
 from vlkit.data.records import Problems
 from vlkit.data.remote_prefetch import Prefetcher
+from vlkit.data.replay import Replay
 from vlkit.data.sample_reader import Failure, Rows, SampleReader
 from vlkit.data.shard_index import ShardSet
 from vlkit.data.shared_block import Slots
@@ -127,6 +128,7 @@ class Loader:
         captions: CaptionChoice | None = None,
         second_view: Augment | None = None,
         labels: bool = False,
+        replay: Replay | None = None,
     ):
         """Check the settings; no worker is started and no sample read before the first batch.
 
@@ -157,6 +159,7 @@ class Loader:
             captions: fields, sub-captions and templates, in place of `captions_per_image`.
             second_view: random changes of another view of each image, (B,3,H,W) in the batch's `extra["second_view"]`.
             labels: give class numbers, (B,) in the batch's `extra["labels"]`, -1 for a sample without one.
+            replay: fixed views of each image by `augment`, whose number is in the batch's `extra["view"]`.
 
         Raises:
             ConfigError: settings that do not fit each other.
@@ -198,6 +201,7 @@ class Loader:
             second_view,
             labels,
             captions=captions,
+            replay=replay,
         )
         self._job = ReadJob(self._reader, self.plan.batch_size)
         self._collate = Collator(tokenize)

@@ -17,6 +17,7 @@ from vlkit.data.captions import Text, Tokenizer, WholeTokenizer, caption_hash, c
 from vlkit.data.decode import MAX_PIXELS, BrokenImageError, EncodedImage, Exif, open_image
 from vlkit.data.epoch_plan import PADDING
 from vlkit.data.randomness import fleeting_generator
+from vlkit.data.replay import Replay, image_number
 from vlkit.data.resizing import copy_planes
 from vlkit.data.shard_index import ShardIndex, ShardSet
 from vlkit.data.transforms import Augment, Preprocess
@@ -48,6 +49,7 @@ class Rows(NamedTuple):
     labels: list[int]  # (b,) class numbers, -1 for none; empty if they are not asked for
     failures: list[Failure]
     cut: list[bool]  # one entry a text: longer than the model's context
+    views: list[int]  # (b,) which fixed view of the image this is; empty where views are drawn anew
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class SampleReader:
     second_view: Augment | None = None
     labels: bool = False
     captions: CaptionChoice | None = None  # None: `captions_per_image` of those the shard index finds
+    replay: Replay | None = None  # fixed views in place of new ones
 
     @property
     def num_views(self) -> int:
@@ -80,7 +83,7 @@ class SampleReader:
             ids: (b,) numbers in the shard set; -1 for a padding row.
             images: (V,b,3,size,size) uint8, is filled; V is `num_views`.
         """
-        rows, texts = Rows([], [], [], [], [], [], [], []), []
+        rows, texts = Rows([], [], [], [], [], [], [], [], []), []
         # Texts, then headers, then pixels: small steps run twice as fast when decoding does not empty the processor's
         # caches in between.
         for row, sample_id in enumerate(ids.tolist()):
@@ -134,6 +137,8 @@ class SampleReader:
         self, row: int, epoch: int, sample_id: int, rows: Rows
     ) -> tuple[EncodedImage, list[Choices | None]] | None:
         """The image's header, and what will happen to it in each view; None if there is none."""
+        if self.replay is not None:
+            rows.views.append(0)  # until it is known
         if sample_id == PADDING:
             return None
         shard, i = self.shards.locate(sample_id)
@@ -147,6 +152,10 @@ class SampleReader:
         for augment, purpose in ((self.augment, "augment"), (self.second_view, "second view"))[: self.num_views]:
             random = fleeting_generator(self.seed, epoch, sample_id, purpose)
             views.append(None if augment is None else augment.draw(image.height, image.width, random))
+        if self.replay is not None and self.augment is not None:
+            number = image_number(data)
+            rows.views[-1] = self.replay.view(number, epoch)
+            views[0] = self.replay.draw(self.augment, image, number, rows.views[-1])
         return image, views
 
     def _fill(

@@ -76,9 +76,10 @@ def unfinished_build(spec: ShardSpec) -> str | None:
         expected = plan["num_shards"]
         finished = len(list(folder.glob("*.stats.json")))
         if finished < expected:
+            command = "reinforce" if "teacher" in plan else "build"
             return (
-                f"{folder} is not finished: {finished} of {expected} shards. Run the same `vlkit shards build` again: "
-                "it continues. Or name the tars themselves to use what is there."
+                f"{folder} is not finished: {finished} of {expected} shards. Run the same `vlkit shards {command}` "
+                "again: it continues. Or name the tars themselves to use what is there."
             )
     return None
 

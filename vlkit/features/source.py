@@ -11,8 +11,9 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from functools import cache as memoized
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 # Images that are handed on at once when all of them are in the cache.
 _CACHED_AT_ONCE = 1024
+# From so many images on bf16 saves more than the second look costs.
+_WORTH_BF16 = 32
 # Texts between two writes to the cache: seconds of work.
 _TEXTS_AT_ONCE = 4096
 
@@ -151,6 +154,15 @@ class CachedEmbedder(FeatureSource):
         """The model."""
         return self.load()
 
+    def num_missing(self, images: Sequence[ImageLike]) -> int:
+        """How many of the images would have to be read and encoded."""
+        if self.cache is None:
+            return len(images)
+        stamper = Stamper()
+        keys = [stamper.key(image) or bytes(16) for image in images]
+        with self.cache.images(self.card) as store:
+            return int((store.find(keys) < 0).sum())
+
     def iterate_embeddings(
         self,
         images: Sequence[ImageLike],
@@ -248,16 +260,54 @@ def open_source(
     # At once, although the model may not be needed.
     chosen = pick_precision(precision, pick_device(device))
     variant = f"{precision} {chosen} {decode}"
-    # One model, whoever asks first: the card, or the first thing to encode.
-    loaded: list[Embedder] = []
+    load = partial(load_embedder, name, device, precision=precision, decode=decode)
+    return _named_source(name, load, cache, variant)
 
-    def load() -> Embedder:
-        if not loaded:
-            loaded.append(load_embedder(name, device, precision=precision, decode=decode))
-        return loaded[0]
 
-    known = None if cache is None else remembered_card(name, cache.cards, load, variant)
-    return CachedEmbedder(load, cache, known)
+class Sources(NamedTuple):
+    """One model in the precision that images go through first, and in fp32; one and the same where one is enough."""
+
+    first: CachedEmbedder
+    exact: CachedEmbedder
+
+
+def open_sources(
+    name: str,
+    images: Sequence[ImageLike],
+    device: str = "auto",
+    cache: FeatureCache | None = None,
+    *,
+    precision: "Precision" = "auto",
+) -> Sources:
+    """A named model for images whose decisions are to be fp32's, in little more than bf16's time.
+
+    Args:
+        name, device, cache: as for `open_source`.
+        images: that will be embedded.
+        precision: "fp32" or "bf16" for both; "auto" is bf16 first where that saves time: on a processor that has it,
+            for transformers, for more than a few images, most of which the cache does not have in fp32 already.
+
+    Raises:
+        ModelError, CheckpointError: as `open_source`.
+    """
+    from vlkit.models.load import in_auto_precision, pick_device, pick_precision
+
+    if precision != "auto":
+        only = open_source(name, device, cache, precision=precision)
+        return Sources(only, only)
+    exact = open_source(name, device, cache)
+    chosen = pick_precision(precision, pick_device(device))
+    if chosen == "fp32" or len(images) < _WORTH_BF16:
+        return Sources(exact, exact)
+    first = _named_source(name, lambda: in_auto_precision(exact.embedder), cache, f"auto {chosen} fast")
+    if first.card.precision == "fp32" or exact.num_missing(images) <= first.num_missing(images) / 2:
+        return Sources(exact, exact)
+    return Sources(first, exact)
+
+
+def _named_source(name: str, load: Callable[[], Embedder], cache: FeatureCache | None, variant: str) -> CachedEmbedder:
+    once = memoized(load)  # one model, whoever asks first: the card, or the first thing to encode
+    return CachedEmbedder(once, cache, None if cache is None else remembered_card(name, cache.cards, once, variant))
 
 
 def _with_cached(

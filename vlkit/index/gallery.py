@@ -1,8 +1,8 @@
 """A folder of features and the index in it: building, adding, and asking.
 
-    build_index("features/flickr8k")
-    gallery = open_gallery("features/flickr8k")
-    found = gallery.find(source, text="a dog in the snow", k=10)
+build_index("features/flickr8k")
+gallery = open_gallery("features/flickr8k")
+found = gallery.find(source, text="a dog in the snow", k=10)
 """
 
 from collections.abc import Sequence

@@ -14,6 +14,7 @@ Differs: The output projection's bias is a term of its own (`biases`) instead of
 and the last norm's bias likewise; shares of them are added where the paper's figures need them (`with_shared_biases`).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,15 @@ from torch import Tensor, nn
 
 from vlkit.errors import ModelError
 from vlkit.interpret.last_layers import first_of_last
-from vlkit.models.attention import attention_map, attention_parts, feed_forward, head_outputs, mix_values, output_bias
+from vlkit.models.attention import (
+    attention_logits,
+    attention_map,
+    attention_parts,
+    feed_forward,
+    head_outputs,
+    mix_values,
+    output_bias,
+)
 from vlkit.models.dual_encoder import DualEncoder
 from vlkit.models.tower import VisionTower
 
@@ -145,6 +154,27 @@ def heat_maps(encoder: DualEncoder, images: Tensor, directions: Tensor, last_lay
     return maps
 
 
+def class_token_heads(module: nn.Module, x: Tensor, heads: Sequence[int]) -> Tensor:
+    """What some heads of one block write into the class token: (B,n,W), without the output projection's bias.
+
+    Args:
+        module: the block.
+        x: (B,L,W) its input.
+        heads: n of its heads.
+    """
+    parts = attention_parts(module, x)
+    weights = attention_logits(parts.query[:, :, :1], parts.key).softmax(dim=-1)
+    return head_outputs(module, weights @ parts.value)[:, list(heads), 0]
+
+
+def through_last_norm(norm: nn.Module, token: Tensor, terms: Tensor) -> Tensor:
+    """Residual terms (B,...,W) behind the last norm, as parts of its output for the token (B,W) they belong to."""
+    assert isinstance(norm, nn.LayerNorm)
+    shape = (-1, *[1] * (terms.ndim - 1))
+    centred = terms - terms.mean(dim=-1, keepdim=True)
+    return centred * norm.weight / _deviation(norm, token).view(shape)
+
+
 def class_token_tower(encoder: DualEncoder) -> VisionTower:
     """The vision tower of an encoder whose image feature is its class token after the last norm.
 
@@ -166,6 +196,11 @@ def _last_norm(encoder: DualEncoder, tower: VisionTower, token: Tensor) -> _Last
     visual = untyped.model.visual
     norm, projection = visual.ln_post, visual.proj
     assert isinstance(norm, nn.LayerNorm) and isinstance(projection, Tensor)
-    deviation = (token.var(dim=-1, unbiased=False) + norm.eps).sqrt()
+    deviation = _deviation(norm, token)
     length = tower.finish(token[:, None]).norm(dim=-1)
     return _LastNorm(norm.weight, norm.bias, deviation, projection, length)
+
+
+def _deviation(norm: nn.LayerNorm, token: Tensor) -> Tensor:
+    """(B,) what the norm divides by."""
+    return (token.var(dim=-1, unbiased=False) + norm.eps).sqrt()

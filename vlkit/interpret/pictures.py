@@ -1,5 +1,6 @@
 """Heat maps as pictures: laid over the image they explain, and side by side on one sheet."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor
 from vlkit.escape import one_line
 
 _HEAT = 0.55  # of the colour where the map is highest; below that the photograph shows through
+_LINE = 36  # characters of a title that fit over a panel
 
 
 class Panel(NamedTuple):
@@ -60,6 +62,7 @@ def write_sheet(panels: Sequence[Panel], path: Path, columns: int = 4) -> None:
         axes.imshow(panel.image)
         axes.set_axis_off()
         # A dollar sign would start mathematics.
-        axes.set_title(one_line(panel.title)[:60].replace("$", r"\$"), fontsize=8)
+        title = textwrap.fill(one_line(panel.title)[:72], _LINE)
+        axes.set_title(title.replace("$", r"\$"), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

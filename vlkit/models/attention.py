@@ -66,9 +66,13 @@ def mix_values(module: nn.Module, weights: Tensor, value: Tensor) -> Tensor:
     Returns:
         (B,L,W), through the output projection and the block's layer scale.
     """
+    return join_heads(module, weights @ value)
+
+
+def join_heads(module: nn.Module, mixed: Tensor) -> Tensor:
+    """What a block's attention adds, out of the mixed values of each head (B,H,L,E): (B,L,W)."""
     block = _known(module)
-    mixed = (weights @ value).transpose(1, 2).flatten(2)
-    out: Tensor = block.ls_1(block.attn.out_proj(mixed))
+    out: Tensor = block.ls_1(block.attn.out_proj(mixed.transpose(1, 2).flatten(2)))
     return out
 
 

@@ -201,12 +201,18 @@ class DualEncoder(nn.Module, ABC):
         return tower
 
 
+# transformers keeps each tower's projection beside it.
+_TOWER_OF = {"visual": "image", "vision_model": "image", "visual_projection": "image"} | dict.fromkeys(
+    ("text_model", "text_projection"), "text"
+)
+
+
 def parameters_per_tower(encoder: nn.Module) -> Mapping[str, TowerParameters]:
     """Trainable and total parameters of each tower, "image" and "text" first, the rest by name."""
     counts: dict[str, TowerParameters] = {"image": TowerParameters(0, 0), "text": TowerParameters(0, 0)}
     for name, parameter in encoder.named_parameters():
         top = name.removeprefix("model.").split(".")[0]
-        tower = {"visual": "image"}.get(top, top)
+        tower = _TOWER_OF.get(top, top)
         old = counts.get(tower, TowerParameters(0, 0))
         new = parameter.numel()
         counts[tower] = TowerParameters(old.trainable + new * parameter.requires_grad, old.total + new)

@@ -1,13 +1,11 @@
 """A trained model for other libraries: open_clip's `local-dir:`, transformers' `save_pretrained`, ONNX.
 
-    export_open_clip(load_encoder("hf:openai/clip-vit-base-patch32"), "clip-b32")
-    export_hf(load_encoder("run:runs/mine"), "mine-hf")         # CLIPModel.from_pretrained("mine-hf")
-    export_onnx(load_encoder("run:runs/mine"), "mine-onnx")     # image.onnx, text.onnx, vlkit.json
+export_open_clip(load_encoder("hf:openai/clip-vit-base-patch32"), "clip-b32")
+export_hf(load_encoder("run:runs/mine"), "mine-hf")         # CLIPModel.from_pretrained("mine-hf")
+export_onnx(load_encoder("run:runs/mine"), "mine-onnx")     # image.onnx, text.onnx, vlkit.json
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +15,16 @@ from vlkit.errors import ConfigError, ModelError
 from vlkit.models.architecture import resolve_architecture
 from vlkit.models.dual_encoder import DualEncoder
 from vlkit.models.hf_layout import (
-    END_TOKEN,
-    START_TOKEN,
     config_from_hf,
     config_to_hf,
     processor_to_hf,
     weights_from_hf,
     weights_to_hf,
+    write_clip_tokenizer,
 )
 from vlkit.models.saved import atomic_folder, save_encoder, write_json, write_manifest
-from vlkit.models.tokenizers import CLIP_BPE, get_tokenizer
+from vlkit.models.tokenizers import CLIP_BPE
 
-_START, _END = "<|startoftext|>", "<|endoftext|>"  # as transformers spells them
 _ONNX_VERSION = 18
 
 
@@ -58,6 +54,11 @@ def as_open_clip(encoder: DualEncoder) -> DualEncoder:
             f"Only CLIP models of transformers have open_clip's form, not {record['library']} {record['architecture']}."
             " SigLIP weights are published for open_clip too: see `vlkit models siglip`."
         )
+    if encoder.tokenizer_id != CLIP_BPE:
+        raise ModelError(
+            f"This model has the tokenizer {encoder.tokenizer_id}, and open_clip's CLIP that of OpenAI: texts would be "
+            "read as others."
+        )
     if encoder.preprocess.crop_pct != 1:
         raise ModelError(
             f"This model cuts images to {encoder.preprocess.crop_pct:.3f} of their side, which open_clip cannot record."
@@ -72,6 +73,8 @@ def as_open_clip(encoder: DualEncoder) -> DualEncoder:
 def export_hf(encoder: DualEncoder, folder: str | Path) -> Path:
     """Write what `CLIPModel`, `CLIPImageProcessor` and `CLIPTokenizer` of transformers load.
 
+    A model of transformers (SigLIP too) keeps its class, processor and tokenizer.
+
     Raises:
         ModelError: a CLIPModel cannot compute what this model does.
         CheckpointError: the folder cannot be written.
@@ -80,6 +83,8 @@ def export_hf(encoder: DualEncoder, folder: str | Path) -> Path:
 
     from vlkit.models.open_clip_encoder import OpenClipEncoder
 
+    if encoder.record()["library"] == "transformers":
+        return save_encoder(encoder, folder)
     if not isinstance(encoder, OpenClipEncoder):
         raise ModelError(f"Only models on open_clip are written for transformers, not a {type(encoder).__name__}.")
     config = config_to_hf(encoder.architecture)
@@ -89,25 +94,9 @@ def export_hf(encoder: DualEncoder, folder: str | Path) -> Path:
         save_file(weights_to_hf(weights), new / "model.safetensors", metadata={"format": "pt"})
         write_json(new / "config.json", config)
         write_json(new / "preprocessor_config.json", processor)
-        _write_clip_tokenizer(new, encoder.context_length)
+        write_clip_tokenizer(new, encoder.context_length)
         write_manifest(new)
     return Path(folder)
-
-
-def _write_clip_tokenizer(folder: Path, context_length: int) -> None:
-    """OpenAI's vocabulary in the files transformers' CLIPTokenizer reads."""
-    bpe: Any = get_tokenizer(CLIP_BPE)._bpe  # type: ignore[attr-defined]
-    spelling = {START_TOKEN: _START, END_TOKEN: _END}
-    vocabulary = {spelling.get(number, word): number for word, number in bpe.encoder.items()}
-    merges = [" ".join(pair) for pair, _ in sorted(bpe.bpe_ranks.items(), key=lambda item: item[1])]
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
-    special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
-    write_json(folder / "special_tokens_map.json", special)
-    write_json(
-        folder / "tokenizer_config.json",
-        {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length, "do_lower_case": True, **special},
-    )
 
 
 class _ImageGraph(nn.Module):

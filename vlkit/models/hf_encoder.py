@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vlkit.data.transforms import Preprocess
 from vlkit.errors import ConfigError, ModelError
 from vlkit.models.dual_encoder import DualEncoder
+from vlkit.models.saved import RECORD, read_json
 from vlkit.models.tokenizers import CLIP_BPE, CLIP_VOCABULARY, TextTokenizer, get_tokenizer
 from vlkit.models.tower import TextTower, VisionTower
 
@@ -35,6 +36,7 @@ class HfEncoder(DualEncoder):
     """A CLIPModel or SiglipModel of transformers; `load_hf` makes one.
 
     There is no way inside its towers: `vlkit export hf:NAME --to open_clip` turns a CLIP model into one that has it.
+    Training does so by itself; a SigLIP model is trained, and saved, as it is.
 
     Args:
         model: the transformers model.
@@ -58,7 +60,9 @@ class HfEncoder(DualEncoder):
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
         """Images (B,3,H,W) uint8, or float in [0,1] -> (B,D)."""
         pixels = self.normalize_pixels(images).to(self._model.dtype)
-        features = _pooled(self._model.get_image_features(pixel_values=pixels))
+        # Smaller ones come in the first stages of a run: the position embeddings are resized then.
+        resize = pixels.shape[-1] != self.image_size
+        features = _pooled(self._model.get_image_features(pixel_values=pixels, interpolate_pos_encoding=resize))
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
@@ -111,10 +115,13 @@ class HfEncoder(DualEncoder):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute activations again in backward instead of keeping them."""
+        # Where transformers has the new name, the old one warns.
+        kind = "activation" if hasattr(self._model, "activation_checkpointing_enable") else "gradient"
         if enable:
-            self._model.gradient_checkpointing_enable()
+            # The other way knows no DDP, and no tower whose input needs no gradient.
+            getattr(self._model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
         else:
-            self._model.gradient_checkpointing_disable()
+            getattr(self._model, f"{kind}_checkpointing_disable")()
 
     @property
     def _model(self) -> Any:
@@ -157,6 +164,20 @@ def load_hf(source: str, image_size: int | None = None) -> HfEncoder:
     tokenize = _tokenizer_of(config, source)
     model = _fetch("weights", _MODELS[config.model_type], source, dtype=torch.float32)
     return HfEncoder(model, preprocess, tokenize)
+
+
+def load_saved_hf(folder: Path, image_size: int | None = None) -> HfEncoder:
+    """An encoder from a folder as `save_encoder` writes it; the tokenizer keeps the id under which it was known.
+
+    Raises:
+        ModelError, CheckpointError: as `load_hf`.
+    """
+    encoder = load_hf(str(folder), image_size)
+    tokenizer_id = str(read_json(folder / RECORD)["tokenizer"])
+    own = encoder.tokenize
+    if tokenizer_id != own.tokenizer_id:
+        encoder.tokenize = TextTokenizer(tokenizer_id, own.context_length, own.full_context, folder)
+    return encoder
 
 
 def preprocess_of(processor: Mapping[str, Any], source: str) -> Preprocess:

@@ -1,21 +1,25 @@
-"""CLIP models between open_clip's and transformers' layout: names of tensors, configuration, nothing else.
+"""CLIP models between open_clip's and transformers' layout: names of tensors, configuration, files beside them.
 
 Both hold the same numbers. open_clip keeps query, key and value of a block in one matrix and the projections as
 (W,D) parameters; transformers has three layers and (D,W) linear layers.
 """
 
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlkit.data.transforms import Preprocess
 from vlkit.errors import ModelError
 from vlkit.models.architecture import Architecture
-from vlkit.models.tokenizers import CLIP_BPE, CLIP_VOCABULARY
+from vlkit.models.tokenizers import CLIP_BPE, CLIP_VOCABULARY, get_tokenizer
 
 START_TOKEN, END_TOKEN = CLIP_VOCABULARY - 2, CLIP_VOCABULARY - 1
+_START, _END = "<|startoftext|>", "<|endoftext|>"  # as transformers spells them
 
 # open_clip's custom-text names to transformers', outside the blocks.
 _NAMES = {
@@ -177,18 +181,25 @@ def processor_to_hf(architecture: Architecture) -> dict[str, Any]:
     Raises:
         ModelError: images are padded to a square, which that processor cannot do.
     """
-    preprocess = architecture.preprocess
-    size = preprocess.size
-    if preprocess.resize_mode == "longest":
+    if architecture.preprocess.resize_mode == "longest":
         raise ModelError(f"{architecture.name} pads images to a square; transformers' CLIP processor cannot.")
+    return processor_of(architecture.preprocess, "clip")
+
+
+def processor_of(preprocess: Preprocess, model_type: str) -> dict[str, Any]:
+    """The preprocessor_config.json of transformers for an image model; `preprocess_of` reads it back.
+
+    Args:
+        preprocess: one that does not pad.
+        model_type: clip or siglip.
+    """
+    size, whole = preprocess.size, int(preprocess.size / preprocess.crop_pct + 1e-6)
     shortest = preprocess.resize_mode == "shortest"
-    return {
-        "image_processor_type": "CLIPImageProcessor",
+    record = {
+        "image_processor_type": {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}[model_type],
         "do_resize": True,
-        "size": {"shortest_edge": size} if shortest else {"height": size, "width": size},
+        "size": {"shortest_edge": whole} if shortest else {"height": whole, "width": whole},
         "resample": {"bilinear": 2, "bicubic": 3}[preprocess.interpolation],
-        "do_center_crop": shortest,
-        "crop_size": {"height": size, "width": size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -196,6 +207,23 @@ def processor_to_hf(architecture: Architecture) -> dict[str, Any]:
         "image_mean": list(preprocess.mean),
         "image_std": list(preprocess.std),
     }
+    if not shortest and whole == size:
+        return {**record, "do_center_crop": False}
+    return {**record, "do_center_crop": True, "crop_size": {"height": size, "width": size}}
+
+
+def write_clip_tokenizer(folder: Path, context_length: int) -> None:
+    """OpenAI's vocabulary in the files transformers' CLIPTokenizer reads."""
+    bpe: Any = get_tokenizer(CLIP_BPE)._bpe  # type: ignore[attr-defined]
+    spelling = {START_TOKEN: _START, END_TOKEN: _END}
+    vocabulary = {spelling.get(number, word): number for word, number in bpe.encoder.items()}
+    merges = [" ".join(pair) for pair, _ in sorted(bpe.bpe_ranks.items(), key=lambda item: item[1])]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length, "do_lower_case": True, **special}
+    for name, value in (("special_tokens_map.json", special), ("tokenizer_config.json", config)):
+        (folder / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _tower(width: int, cfg: Mapping[str, Any], layers: int, heads: int, act: str) -> dict[str, Any]:

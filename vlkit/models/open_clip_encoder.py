@@ -4,7 +4,7 @@ There is one shape of model: open_clip's custom-text form, with the text tower u
 converted when they are loaded.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,8 @@ from vlkit.errors import CheckpointError, ModelError, did_you_mean
 from vlkit.models import open_clip_towers as towers
 from vlkit.models.architecture import Architecture, resolve_architecture
 from vlkit.models.dual_encoder import DualEncoder
-from vlkit.models.lora import has_lora, merge_updates
 from vlkit.models.tokenizers import TextTokenizer
 from vlkit.models.tower import TextTower, VisionTower
-from vlkit.models.weight_files import differences, read_weights
 
 # Fewer texts than this run as one piece.
 _ROWS_WORTH_SORTING = 64
@@ -244,31 +242,6 @@ def load_published(encoder: OpenClipEncoder, path: Path, names: frozenset[str], 
     if start is not None and "logit_bias" not in names:
         # open_clip sets the bias to 0 then, from which sigmoid training hardly starts.
         encoder.model.logit_bias.data.fill_(start.item())  # type: ignore[operator]
-
-
-def load_exact(
-    encoder: OpenClipEncoder,
-    path: Path,
-    copy: Callable[[dict[str, Tensor], dict[str, Tensor]], None] | None = None,
-) -> None:
-    """Put weights saved by `save_encoder` into an encoder: every name and shape must agree.
-
-    Args:
-        copy: (the encoder's tensors, those read) -> None, for tensors that need more than torch's own way.
-
-    Raises:
-        CheckpointError: the file is cut, or belongs to another architecture; the message lists what differs.
-    """
-    found = read_weights(path)
-    if not has_lora(encoder):
-        found = merge_updates(found)  # a checkpoint of a run with LoRA keeps both apart
-    wrong = differences(found=found, expected=encoder.weights())
-    if wrong:
-        raise CheckpointError(f"{path} does not hold weights of architecture {encoder.architecture.name}: {wrong}")
-    if copy is None:
-        encoder.model.load_state_dict(found, strict=True)
-    else:
-        copy(encoder.weights(), found)
 
 
 def _parts(model: Any) -> tuple[nn.Module, nn.Module]:

@@ -1,9 +1,10 @@
 """Models on disk: folders that appear whole or not at all, and that can prove they are whole.
 
-A model folder is open_clip's `local-dir:` layout, so plain open_clip loads it, with vlkit's own record beside it:
+A model folder is in the layout of the library the model is built on, so that plain open_clip (`local-dir:`) or
+transformers (`from_pretrained`) loads it, with vlkit's own record beside it:
 
-    open_clip_config.json          model_cfg, preprocess_cfg
-    open_clip_model.safetensors    weights
+    open_clip_config.json, open_clip_model.safetensors              on open_clip
+    config.json, preprocessor_config.json, model.safetensors        on transformers
     vlkit.json                     the encoder's record, the loss family, the version
     manifest.json                  size and sha256 of every file
 """
@@ -14,18 +15,22 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from vlkit import __version__
 from vlkit.errors import CheckpointError, ModelError
 from vlkit.models.dual_encoder import DualEncoder
-from vlkit.models.lora import merged_weights
+from vlkit.models.hf_layout import processor_of, write_clip_tokenizer
+from vlkit.models.lora import has_lora, merge_updates, merged_weights
+from vlkit.models.tokenizers import CLIP_BPE
+from vlkit.models.weight_files import differences, read_weights
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -35,11 +40,39 @@ MANIFEST = "manifest.json"
 _log = logging.getLogger(__name__)
 
 
+class Layout(NamedTuple):
+    """Names of a model folder's main files."""
+
+    config: str
+    weights: str
+
+
+# By the library a model is built on.
+LAYOUTS = {
+    "open_clip": Layout(CONFIG, WEIGHTS),
+    "transformers": Layout("config.json", "model.safetensors"),
+}
+
+
+def layout_of(encoder: DualEncoder) -> Layout:
+    """How an encoder is saved.
+
+    Raises:
+        ModelError: its library is none of those that have a layout.
+    """
+    library = encoder.record().get("library")
+    if library not in LAYOUTS:
+        raise ModelError(
+            f"Only encoders built on {' or '.join(LAYOUTS)} can be saved as a model folder, not {type(encoder)}."
+        )
+    return LAYOUTS[str(library)]
+
+
 def save_encoder(encoder: DualEncoder, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> Path:
     """Write a model folder; an older one of that name is replaced once the new one is whole.
 
     Args:
-        encoder: any encoder built on open_clip.
+        encoder: any encoder built on open_clip or transformers.
         folder: the folder to make.
         weights: on the CPU, no two sharing memory, in place of the encoder's own (with LoRA's updates merged).
 
@@ -47,23 +80,57 @@ def save_encoder(encoder: DualEncoder, folder: str | Path, weights: Mapping[str,
         The folder.
 
     Raises:
-        ModelError: the encoder is not built on open_clip, so that the layout cannot hold it.
+        ModelError: the encoder is built on another library, so that no layout can hold it.
         CheckpointError: it cannot be written (no space, no permission).
     """
     from safetensors.torch import save_file
 
-    record = encoder.record()
-    if record.get("library") != "open_clip":
-        raise ModelError(f"Only encoders built on open_clip can be saved as a model folder, not {type(encoder)}.")
-    config = {"model_cfg": record["model_cfg"], "preprocess_cfg": record["preprocess_cfg"]}
+    layout, record = layout_of(encoder), encoder.record()
     with atomic_folder(folder) as new:
         own = _on_cpu(merged_weights(encoder)) if weights is None else dict(weights)
-        save_file(own, new / WEIGHTS, metadata={"format": "pt"})
-        write_json(new / CONFIG, config)
+        save_file(own, new / layout.weights, metadata={"format": "pt"})
+        if layout is LAYOUTS["open_clip"]:
+            config = {"model_cfg": record["model_cfg"], "preprocess_cfg": record["preprocess_cfg"]}
+        else:
+            config = record["model_cfg"]
+            write_json(new / "preprocessor_config.json", processor_of(encoder.preprocess, record["architecture"]))
+            if encoder.tokenizer_id == CLIP_BPE:
+                write_clip_tokenizer(new, encoder.context_length)
+        write_json(new / layout.config, config)
         write_json(new / RECORD, {"vlkit": __version__, "family": encoder.training_family, **record})
         encoder.tokenize.vocabulary.save(new)
         write_manifest(new)
     return Path(folder)
+
+
+def load_exact(
+    encoder: DualEncoder,
+    path: Path,
+    copy: Callable[[dict[str, Tensor], dict[str, Tensor]], None] | None = None,
+) -> None:
+    """Put weights saved by `save_encoder` into an encoder: every name and shape must agree.
+
+    Args:
+        copy: (the encoder's tensors, those read) -> None, for tensors that need more than a plain copy.
+
+    Raises:
+        CheckpointError: the file is cut, or belongs to another architecture; the message lists what differs.
+    """
+    found = read_weights(path)
+    if not has_lora(encoder):
+        found = merge_updates(found)  # a checkpoint of a run with LoRA keeps both apart
+    own = encoder.weights()
+    wrong = differences(found=found, expected=own)
+    if wrong:
+        name = encoder.record()["architecture"]
+        raise CheckpointError(f"{path} does not hold weights of architecture {name}: {wrong}")
+    (copy or _copy_each)(own, found)
+
+
+@torch.no_grad()
+def _copy_each(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, target in targets.items():
+        target.copy_(values[name])
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -140,9 +207,20 @@ def check_manifest(folder: Path) -> str | None:
     return None
 
 
+def layout_in(folder: Path) -> Layout | None:
+    """The layout of a folder that claims to be a model folder; None for any other.
+
+    One of transformers counts only with vlkit's record: without it, it is a model of another tool (`hf:FOLDER`).
+    """
+    if (folder / CONFIG).is_file():
+        return LAYOUTS["open_clip"]
+    layout = LAYOUTS["transformers"]
+    return layout if (folder / RECORD).is_file() and (folder / layout.config).is_file() else None
+
+
 def is_model_folder(folder: Path) -> bool:
-    """Whether a folder claims to be a model folder: it has open_clip's configuration."""
-    return (folder / CONFIG).is_file()
+    """Whether a folder claims to be a model folder."""
+    return layout_in(folder) is not None
 
 
 def model_folder_of_run(run: str | Path) -> Path:
@@ -166,7 +244,7 @@ def model_folder_of_run(run: str | Path) -> Path:
             for line in problems:
                 _log.warning("Skipped a broken model: %s. Using %s instead.", line, model)
             return model
-        problems.append(problem or f"{model} has no {CONFIG}")
+        problems.append(problem or f"{model} has no {CONFIG} (or config.json and {RECORD})")
     found = "; ".join(problems) or f"{run} holds {_listing(run)}"
     raise CheckpointError(
         f"No whole model in run folder {run}: {found}. Expected {run / 'model'} or {run / 'checkpoints' / 'step_*'}. "

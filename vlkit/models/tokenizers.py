@@ -6,6 +6,7 @@ it. The context length is not part of it: a list cut to a shorter context stays 
 """
 
 import json
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -196,15 +197,19 @@ class HubTokenizer(Vocabulary):
                 "the model's `local-dir:` folder."
             ) from error
         self.pad_id = int(self._tokenizer.tokenizer.pad_token_id or 0)
+        # transformers changes its tokenizer while it cuts texts; a checkpoint is written in a thread of its own.
+        self._lock = threading.Lock()
 
     def encode_ragged(self, texts: Sequence[str], context_length: int | None = None) -> list[list[int]]:
         """Token ids of each text with the special tokens this tokenizer adds, padding taken off."""
-        rows: Tensor = self._tokenizer(list(texts), context_length=context_length or CLIP_CONTEXT_LENGTH)
+        with self._lock:
+            rows: Tensor = self._tokenizer(list(texts), context_length=context_length or CLIP_CONTEXT_LENGTH)
         return [_without_padding(row, self.pad_id) for row in rows.tolist()]
 
     def save(self, folder: Path) -> None:
         """The tokenizer's own files: open_clip reads them from the folder for `local-dir:` models."""
-        self._tokenizer.save_pretrained(str(folder))
+        with self._lock:
+            self._tokenizer.save_pretrained(str(folder))
 
 
 def _without_padding(row: list[int], pad_id: int) -> list[int]:

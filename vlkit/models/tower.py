@@ -73,14 +73,21 @@ class VisionTower:
     grid: tuple[int, int]  # rows and columns of patches, P = rows x columns
     patches: Callable[[Tensor], Tensor]  # x (B,1+P,W) after the blocks -> (B,P,W) as the tower's own output norms them
     project: Callable[[Tensor], Tensor] | None  # (B,P,W) -> (B,P,D); None where no such map is the tower's own
+    # x (B,1+P,W) before the last block -> (B,1,W) after it, where nothing but the class position is wanted of it.
+    last_of_class: Callable[[Tensor], Tensor] | None = None
 
     def run(self, images: Tensor) -> Tensor:
         """All three stages: images (B,3,H,W) -> (B,D), not unit norm."""
-        return self.finish(self.through_blocks(images))
+        if self.last_of_class is None:
+            return self.finish(self.through_blocks(images))
+        return self.finish(self.last_of_class(self._through(self.blocks[:-1], images)))
 
     def through_blocks(self, images: Tensor) -> Tensor:
         """The first two stages: images (B,3,H,W) -> (B,1+P,W)."""
+        return self._through(self.blocks, images)
+
+    def _through(self, blocks: tuple[Block, ...], images: Tensor) -> Tensor:
         x = self.embed(images)
-        for block in self.blocks:
+        for block in blocks:
             x = block(x)
         return x

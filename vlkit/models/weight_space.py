@@ -1,7 +1,7 @@
 """WiSE-FT: a model between a pretrained one and what became of it by fine-tuning.
 
     between = interpolate(load_encoder("open_clip:ViT-B-32/laion2b_s34b_b79k"), load_encoder("run:runs/mine"), 0.5)
-    save_encoder(between, "models/between")
+    save_encoder(between, "models/between")         # vlkit export run:runs/mine --interpolate START=0.5 --to ...
 
 Fine-tuning gains on its own data and loses elsewhere; somewhere along the straight line between both sets of weights
 there is often a model that is nearly as good on the one and hardly worse on the other, at no cost in inference.
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlkit.errors import ModelError
 from vlkit.models.dual_encoder import DualEncoder
+from vlkit.models.export import as_open_clip
 from vlkit.models.weight_files import differences
 
 # What two models must agree on so that their weights can be mixed.
@@ -25,7 +26,8 @@ def interpolate(start: DualEncoder, tuned: DualEncoder, alpha: float) -> DualEnc
     """A new encoder with the weights (1 - alpha) start + alpha tuned; neither of both is changed.
 
     Args:
-        start: the pretrained model.
+        start: the pretrained model; a CLIP model of transformers is turned into open_clip's form where `tuned` is on
+            open_clip, as training does.
         tuned: the same model after fine-tuning.
         alpha: 0 gives exactly the weights of `start`, 1 exactly those of `tuned`; beyond both ends extrapolates.
 
@@ -35,6 +37,8 @@ def interpolate(start: DualEncoder, tuned: DualEncoder, alpha: float) -> DualEnc
     Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", arXiv:2109.01903, equation 1.
     Differs: whole numbers (counters of batch statistics) are taken from the nearer model.
     """
+    if tuned.record()["library"] == "open_clip" and start.record()["library"] == "transformers":
+        start = as_open_clip(start)
     require_mixable(start, tuned)
     between = copy.deepcopy(tuned)
     mixed = interpolate_weights(start.weights(), tuned.weights(), alpha)
@@ -55,8 +59,8 @@ def _between(start: Tensor, tuned: Tensor, alpha: float) -> Tensor:
     if not start.is_floating_point():
         return (start if alpha < 0.5 else tuned).clone()
     tuned = tuned.to(start.device, start.dtype)
-    # Written so that equal tensors stay what they are, bit for bit.
-    return start + alpha * (tuned - start)
+    # Equal numbers stay what they are, bit for bit; infinite ones (of a mask) too.
+    return torch.where(start == tuned, start, start + alpha * (tuned - start))
 
 
 def require_mixable(start: DualEncoder, tuned: DualEncoder) -> None:

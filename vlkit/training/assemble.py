@@ -17,15 +17,18 @@ from vlkit.data.caption_choice import CaptionChoice
 from vlkit.data.epoch_plan import Plan
 from vlkit.data.loader import Loader
 from vlkit.data.rand_augment import RandAugment
+from vlkit.data.replay import Replay
 from vlkit.data.sample_reader import Failure
 from vlkit.data.shard_index import ShardSet
 from vlkit.data.transforms import Augment, Preprocess
 from vlkit.distributed import launch, rank, world_size
-from vlkit.errors import ConfigError
+from vlkit.errors import ConfigError, ModelError
 from vlkit.losses import TERMS, LossOutput, Objective
 from vlkit.losses.patch_alignment import PATCH_TOKENS
 from vlkit.losses.sigmoid import START_LOGIT_BIAS, START_LOGIT_SCALE
 from vlkit.models.dual_encoder import DualEncoder
+from vlkit.models.export import as_open_clip
+from vlkit.models.layers import tower_modules
 from vlkit.models.load import load_encoder, pick_device
 from vlkit.models.patch_dropout import PatchDropout
 from vlkit.models.tokenizers import TextTokenizer
@@ -39,9 +42,6 @@ from vlkit.training.sharded import shard
 from vlkit.training.stages import PATCH_DRAWS
 from vlkit.training.teacher import Teacher
 from vlkit.training.trainable import compile_blocks, lr_scales, prepare
-
-# Where the parameters and modules of each tower are found, in an encoder or in the model it wraps.
-TOWERS = {"image": "visual", "text": "text"}
 
 # What the batches of the loader hold beyond what the encoder gives.
 DATA_GIVES = frozenset({"caption_hash", "ids", "text_to_image", "valid"})
@@ -151,13 +151,24 @@ def choose_precision(run: RunConfig, device: torch.device) -> Literal["fp32", "b
     Raises:
         ConfigError: bf16 was asked for, and the device cannot.
     """
-    capable = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    capable = _computes_bf16(device)
     if run.optim.precision == "bf16" and not capable:
-        name = torch.cuda.get_device_name(device)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"the device {device}"
         raise ConfigError(f'optim.precision = "bf16", but {name} has no bf16. Use "fp32" or "auto".')
     if run.optim.precision == "auto":
         return "bf16" if device.type == "cuda" and capable else "fp32"
     return run.optim.precision
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    try:
+        with torch.autocast(device.type, torch.bfloat16):  # which old releases of macOS refuse
+            one = torch.ones(1, 1, device=device)
+            return (one @ one).dtype == torch.bfloat16
+    except (RuntimeError, TypeError):
+        return False
 
 
 def build_learner(run: RunConfig, device: torch.device) -> Learner:
@@ -215,7 +226,8 @@ def with_bias(encoder: DualEncoder) -> DualEncoder:
 
     if not isinstance(encoder, OpenClipEncoder):
         raise ConfigError(
-            f"loss.sigmoid needs a logit_bias, which this {type(encoder).__name__} lacks. Start from SigLIP weights."
+            f"loss.sigmoid needs a logit_bias, which this {type(encoder).__name__} lacks and cannot be given. Start "
+            "from SigLIP weights, or from a model on open_clip."
         )
     biased = construct(encoder.architecture.with_changes(init_logit_bias=START_LOGIT_BIAS), encoder.tokenize.folder)
     bias = biased.weights()["logit_bias"]
@@ -235,15 +247,8 @@ def train_mode(encoder: DualEncoder, run: RunConfig) -> None:
     """Training mode, but for frozen towers: their batch statistics stay as they are."""
     encoder.train()
     for tower in run.model.freeze:
-        tower_module(encoder, tower).eval()
-
-
-def tower_module(encoder: nn.Module, tower: Literal["image", "text"]) -> nn.Module:
-    """The module that holds a tower's weights."""
-    names = (f"model.{TOWERS[tower]}", TOWERS[tower])
-    found: list[nn.Module] = [module for name, module in encoder.named_modules() if name in names]
-    assert len(found) == 1, f"{type(encoder).__name__} has {len(found)} modules named {' or '.join(names)}"
-    return found[0]
+        for module in tower_modules(encoder, tower).values():
+            module.eval()
 
 
 def plan_course(run: RunConfig, steps_per_epoch: int) -> Course:
@@ -264,8 +269,9 @@ def build_loader(
     on_broken: Callable[[Sequence[Failure]], None] | None = None,
     preprocess: Preprocess | None = None,
     tokenize: TextTokenizer | None = None,
+    replay: Replay | None = None,
 ) -> Loader:
-    """The training batches of this process; `plan`, `captions` and `on_broken` as for `Loader`.
+    """The training batches of this process; `plan`, `captions`, `on_broken` and `replay` as for `Loader`.
 
     `preprocess` and `tokenize` are the encoder's where none are given.
     """
@@ -274,8 +280,8 @@ def build_loader(
         tokenize or encoder.tokenize,
         batch_size=run.data.global_batch_size,
         preprocess=preprocess or encoder.preprocess,
-        augment=_augment(run.data.augment),
-        second_view=_augment(run.data.second_view),
+        augment=make_augment(run.data.augment),
+        second_view=make_augment(run.data.second_view),
         labels=run.data.labels,
         captions_per_image=run.data.captions_per_image,
         token_dropout=run.data.token_dropout,
@@ -288,6 +294,7 @@ def build_loader(
         plan=plan,
         captions=captions,
         on_broken=on_broken,
+        replay=replay,
     )
 
 
@@ -326,17 +333,32 @@ _TENSORS = ("images", "tokens", "text_to_image", "caption_hash", "valid")
 
 
 def _build_encoder(run: RunConfig) -> DualEncoder:
+    from vlkit.models.image_tower import with_trained_tower
     from vlkit.models.open_clip_encoder import build_encoder
 
     torch.manual_seed(run.run.seed)
     if run.model.init is not None:
-        return load_encoder(run.model.init, image_size=run.data.image_size)
+        return _in_open_clip_form(load_encoder(run.model.init, image_size=run.data.image_size))
     architecture = run.model.architecture if run.model.name is None else run.model.name
     assert architecture is not None
+    if run.model.init_image is not None:
+        return with_trained_tower(architecture, run.model.init_image, image_size=run.data.image_size)
     return build_encoder(architecture, image_size=run.data.image_size)
 
 
-def _augment(settings: AugmentSettings | None) -> Augment | None:
+def _in_open_clip_form(encoder: DualEncoder) -> DualEncoder:
+    """A CLIP model of transformers on open_clip, where there is a way into its towers; any other as it is.
+
+    One that open_clip cannot hold, and every SigLIP of transformers, is trained as it is.
+    """
+    try:
+        return as_open_clip(encoder)
+    except ModelError:
+        return encoder
+
+
+def make_augment(settings: AugmentSettings | None) -> Augment | None:
+    """The random changes that [data.augment] describes."""
     if settings is None:
         return None
     rand_augment = None if settings.rand_augment is None else RandAugment(**settings.rand_augment.model_dump())

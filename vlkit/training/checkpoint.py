@@ -1,7 +1,7 @@
 """Checkpoints: whole or absent, provably so, and enough to continue bit for bit.
 
     OUT/checkpoints/step_00000100/
-        model/                    the encoder in `save_encoder`'s layout: loads in vlkit and in plain open_clip
+        model/                    the encoder as `save_encoder` writes it: loads in vlkit and in its own library
         optimizer.safetensors     state of the optimiser and of the losses, by name of the parameter
         state.json                step, settings, identity of data and model, random states, versions
         manifest.json             size and sha256 of every file
@@ -28,9 +28,10 @@ from vlkit.distributed import gather_objects, is_main, rank, world_size
 from vlkit.errors import CheckpointError
 from vlkit.models.dual_encoder import DualEncoder
 from vlkit.models.saved import (
-    WEIGHTS,
     atomic_folder,
     check_manifest,
+    layout_of,
+    load_exact,
     read_json,
     save_encoder,
     write_json,
@@ -75,7 +76,7 @@ class Snapshot(NamedTuple):
     """All that a checkpoint holds, on the CPU and cut off from training, which may go on while it is written."""
 
     step: int
-    weights: dict[str, Tensor]  # of the encoder, whole, under open_clip's names
+    weights: dict[str, Tensor]  # of the encoder, whole, under the names of its library
     tensors: dict[str, Tensor]  # of the optimiser and the losses, whole
     state: dict[str, Any]  # JSON types
 
@@ -135,10 +136,7 @@ def load_checkpoint(
     """
     from safetensors.torch import load_file
 
-    from vlkit.models.open_clip_encoder import OpenClipEncoder, load_exact
-
-    assert isinstance(encoder, OpenClipEncoder), type(encoder)
-    load_exact(encoder, folder / "model" / WEIGHTS, copy=load_whole)
+    load_exact(encoder, folder / "model" / layout_of(encoder).weights, copy=load_whole)
     tensors = load_file(folder / OPTIMIZER)
     _load_optimizer(optimizer, _with_prefix(tensors, "optimizer."), folder)
     losses.load_state_dict(_with_prefix(tensors, "losses."))

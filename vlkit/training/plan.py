@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vlkit.config import RunConfig
 from vlkit.contracts import ImageTextBatch
 from vlkit.data.caption_choice import CaptionChoice
+from vlkit.data.replay import Replay
 from vlkit.data.sampling import GroupCount
 from vlkit.data.shard_index import ShardSet
 from vlkit.distributed import world_size
@@ -18,7 +19,6 @@ from vlkit.errors import DataError
 from vlkit.models.dual_encoder import DualEncoder, parameters_per_tower
 from vlkit.training import assemble, training_data
 from vlkit.training.assemble import Learner
-from vlkit.training.stream import add_stored_teacher, reads_stored_teacher
 
 # On a CPU memory per image is measured on so many and multiplied: nobody waits for a batch of thousands there.
 _MOST_ROWS_ON_CPU = 32
@@ -104,9 +104,10 @@ def dry_run(run: RunConfig) -> Plan:
         shards = found.shards
         groups = planned.table(steps_per_epoch)
         data = DataPlan(len(shards.shards), shards.num_samples, None, planned.remainder, planned.kind, groups)
-        batch = _real_batch(run, shards, learner.encoder, tried, captions)
-        if reads_stored_teacher(run):
-            batch = add_stored_teacher(batch, shards)
+        stored = training_data.stored_teacher(run, shards)
+        replay = None if stored is None else stored.replay
+        batch = _real_batch(run, shards, learner.encoder, tried, captions, replay)
+        batch = batch if stored is None else stored.teacher(batch)
     if learner.teacher is not None:
         batch = learner.teacher(batch)
     learner.module.objective.begin(
@@ -213,10 +214,16 @@ def _warmup(run: RunConfig, steps: int | None, steps_per_epoch: int | None) -> i
 
 
 def _real_batch(
-    run: RunConfig, shards: ShardSet, encoder: DualEncoder, rows: int, captions: CaptionChoice | None
+    run: RunConfig,
+    shards: ShardSet,
+    encoder: DualEncoder,
+    rows: int,
+    captions: CaptionChoice | None,
+    replay: Replay | None,
 ) -> ImageTextBatch:
     small = run.data.model_copy(update={"global_batch_size": rows * world_size(), "workers": 0})
-    with assemble.build_loader(run.model_copy(update={"data": small}), shards, encoder, None, captions) as loader:
+    tried = run.model_copy(update={"data": small})
+    with assemble.build_loader(tried, shards, encoder, None, captions, replay=replay) as loader:
         return next(loader.epoch(0))
 
 

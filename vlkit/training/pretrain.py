@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,9 +128,11 @@ def _pretrain(
     with ExitStack() as stack:
         planned, captions = training_data.plan_data(run, data), training_data.choose_captions(run, data)
         quarantine = Quarantine(Path(run.run.out) / QUARANTINE)
-        loader = stack.enter_context(
-            assemble.build_loader(run, shards, learner.encoder, planned.plan, captions, quarantine.add)
-        )
+        stored = training_data.stored_teacher(run, shards)
+        replay = None if stored is None else stored.replay
+        settled = (run, shards, learner.encoder, planned.plan, captions, quarantine.add)
+        make_loader = partial(assemble.build_loader, *settled, replay=replay)
+        loader = stack.enter_context(make_loader())
         course = assemble.plan_course(run, loader.num_batches)
         if course.warmup > course.steps:
             say(f"optim.warmup is {course.warmup} steps and the run has {course.steps}: optim.lr is never reached.")
@@ -140,16 +143,14 @@ def _pretrain(
         check_stages(stages, learner.encoder, learner.twin)
         stream = Stream(
             run,
-            shards,
             learner.encoder,
             loader,
-            lambda preprocess, tokenize: assemble.build_loader(
-                run, shards, learner.encoder, planned.plan, captions, quarantine.add, preprocess, tokenize
-            ),
+            lambda preprocess, tokenize: make_loader(preprocess=preprocess, tokenize=tokenize),
             stages,
             course.steps,
+            None if stored is None else stored.teacher,
         )
-        same = identity(run, learner.encoder, shards, training_data.order_record(run, planned))
+        same = identity(run, learner.encoder, shards, training_data.more_identity(run, planned, stored))
         folder = stack.enter_context(closing(RunFolder(run, learner, same, say)))
         start = continue_run(run, learner, same, say) if resume else Start(0, 0.0)
         folder.open(start)

@@ -192,9 +192,7 @@ class RunFolder:
             "identity": self._same,
         }
         learner = self._learner
-        snapshot = checkpoint.take_snapshot(
-            moment.step, learner.encoder, learner.optimizer, learner.kept, state
-        )
+        snapshot = checkpoint.take_snapshot(moment.step, learner.encoder, learner.optimizer, learner.kept, state)
         if snapshot is not None and self._log is not None:
             self._log.secure()
             keep = [self._best.step] if self._best else []

@@ -14,22 +14,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.parametrize import ParametrizationList
 
 from vlkit.distributed import world_size
 
 
 def shard(module: nn.Module) -> None:
-    """FSDP2 on each block of its towers and on what remains; parameters without dimensions stay whole.
+    """FSDP2 on each block of its towers and on what remains; parameters of a single number stay whole.
 
-    FSDP takes no parameters without dimensions (logit scale and bias); their gradients are averaged by
-    `Parallel.finish`. Afterwards only the module's `forward` may be called, not methods of its children, and
-    optimisers are made of the new parameters.
+    FSDP takes no parameters without dimensions (logit scale and bias), and in some models these have one; their
+    gradients are averaged by `Parallel.finish`. Afterwards only the module's `forward` may be called, not methods of
+    its children, and optimisers are made of the new parameters.
     """
     from torch.distributed.fsdp import fully_shard  # half a second that only this needs
 
-    whole_ones = {parameter for parameter in module.parameters() if parameter.ndim == 0}
+    whole_ones = {parameter for parameter in module.parameters() if parameter.numel() == 1}
     for child in list(module.modules()):
-        if isinstance(child, nn.ModuleList):
+        # LoRA's updates are lists of modules too; they belong to the block they change.
+        if isinstance(child, nn.ModuleList) and not isinstance(child, ParametrizationList):
             for block in child:
                 fully_shard(block, ignored_params=whole_ones)
     fully_shard(module, ignored_params=whole_ones)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Lines = Sequence[Mapping[str, Any]]
+Curves = dict[str, list[tuple[int, float]]]  # name -> (step, value)
+
+# As many as there are colours; more names leave no room for the picture. summary.html has the last value of all.
+MOST_CURVES = 10
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ name }}</title>
@@ -30,7 +35,7 @@ img{max-width:100%;margin:.5em 0}td,th{text-align:left;padding:.15em 1.2em .15em
 def plot_curves(metrics: Path, picture: Path) -> None:
     """Draw the loss over steps, and the evaluations below it where there are any."""
     lines = list(read_metrics(metrics))
-    panels = [("loss (nats)", {"": series(lines, "loss")}), ("fraction", evaluations(lines))]
+    panels = [("loss (nats)", {"": series(lines, "loss")}), ("fraction", most_telling(evaluations(lines)))]
     _draw([panel for panel in panels if panel[1]]).savefig(picture, dpi=110)
 
 
@@ -54,23 +59,35 @@ def series(lines: Lines, key: str) -> list[tuple[int, float]]:
     return [(line["step"], line[key]) for line in lines if key in line]
 
 
-def evaluations(lines: Lines) -> dict[str, list[tuple[int, float]]]:
+def evaluations(lines: Lines) -> Curves:
     """(step, value) of every metric that was evaluated."""
-    curves: dict[str, list[tuple[int, float]]] = {}
+    curves: Curves = {}
     for line in lines:
         for name, value in line.get("eval", {}).items():
             curves.setdefault(name, []).append((line["step"], value))
     return curves
 
 
-def _pictures(lines: Lines) -> list[tuple[str, dict[str, list[tuple[int, float]]]]]:
+def most_telling(curves: Curves, most: int = MOST_CURVES) -> Curves:
+    """As many curves as one picture can name: the first of each evaluation, then the second of each, and so on."""
+    rank_in: Counter[str] = Counter()
+    ranks = {}
+    for name in curves:
+        group = name.rpartition("/")[0]
+        ranks[name] = rank_in[group]
+        rank_in[group] += 1
+    chosen = sorted(curves, key=lambda name: ranks[name])[:most]
+    return {name: curves[name] for name in curves if name in chosen}
+
+
+def _pictures(lines: Lines) -> list[tuple[str, Curves]]:
     temperature = [(step, 1 / scale) for step, scale in series(lines, "logit_scale")]
     norms = ("grad_norm", "update_norm")
     return [
         ("loss", {"": series(lines, "loss")}),
         ("learning rate", {"": series(lines, "lr")}),
         ("temperature", {"": temperature}),
-        ("evaluations", evaluations(lines)),
+        ("evaluations", most_telling(evaluations(lines))),
         ("contrastive accuracy in the batch", {"": series(lines, "contrastive_accuracy")}),
         ("norms", {name: series(lines, name) for name in norms if series(lines, name)}),
         ("images per second", {"": series(lines, "samples_per_second")}),
@@ -85,7 +102,9 @@ def _rows(lines: Lines) -> list[tuple[str, str]]:
     rows = [(key, f"{last[key]:.6g}") for key in ("step", "samples", "epoch", "seconds", "loss", "lr")]
     rows += [("temperature", f"{1 / last['logit_scale']:.4g}"), ("waiting for data", f"{waiting:.1%}")]
     rows += [(key, f"{last[key]:.4g}") for key in ("mfu", "tflops", "peak_memory") if key in last]
-    return rows + [(name, f"{value:.4f}") for name, value in (evaluated[-1]["eval"] if evaluated else {}).items()]
+    # Evaluations have their own cadence each.
+    latest = {name: value for line in evaluated for name, value in line["eval"].items()}
+    return rows + [(name, f"{value:.4f}") for name, value in latest.items()]
 
 
 def _as_png(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
@@ -107,7 +126,7 @@ def _draw(panels: Sequence[tuple[str, Mapping[str, Sequence[tuple[int, float]]]]
             marker = "o" if len(points) < 30 else ""
             axis.plot(steps, values, linewidth=1, marker=marker, markersize=3, label=name or None)
         if any(curves):
-            axis.legend(fontsize="small")
+            axis.legend(fontsize="small", loc="upper left")  # to find the best place takes seconds in a long run
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[-1].set_xlabel("step")

@@ -5,7 +5,7 @@ from torch import nn
 from vlkit.config import RunConfig
 from vlkit.errors import ConfigError, ModelError
 from vlkit.models.dual_encoder import DualEncoder
-from vlkit.models.layers import freeze, layer_rates
+from vlkit.models.layers import Side, freeze, layer_rates, tower_modules
 from vlkit.models.lora import add_lora
 from vlkit.models.patch_dropout import PatchDropout, add_patch_dropout
 
@@ -20,8 +20,6 @@ def prepare(encoder: DualEncoder, run: RunConfig) -> PatchDropout | None:
     for tower in run.model.freeze:
         freeze(encoder, tower, run.model.unfreeze.get(tower, 0))
     if run.model.lora is not None:
-        if run.run.parallel == "fsdp":
-            raise ConfigError('model.lora trains few weights, which run.parallel = "fsdp" cannot spread. Use "ddp".')
         if run.model.unfreeze:
             raise ConfigError("model.lora freezes all but its own updates, so model.unfreeze cannot be kept. Drop one.")
         lora = run.model.lora
@@ -40,12 +38,13 @@ def compile_blocks(encoder: DualEncoder) -> None:
 
     Blocks have all the same shape, so that compiling takes the time of one; the losses stay as they are.
     """
-    for side, name in (("image", "visual"), ("text", "text")):
+    sides: tuple[Side, ...] = ("image", "text")
+    for side in sides:
         try:
             tower = encoder.vision_tower if side == "image" else encoder.text_tower
             modules = [block.module for block in tower.blocks]
         except ModelError:
-            modules = [module for path, module in encoder.named_modules() if path in (name, f"model.{name}")]
+            modules = list(tower_modules(encoder, side).values())
         for module in modules:
             module.compile()
 

@@ -65,7 +65,8 @@ def test_loss_in_a_loop(small: Any, labelled: Any, conditional: bool) -> None:
             context = found["vectors"] + mean + (log_variance / 2).exp() * draw
             logits = source.logit_scale * task.text.features(context) @ task.images[row]
             likely += logits.softmax(-1)[task.labels[row]].item() / 3
-        total += -math.log(likely) + 0.01 * divergence(mean[None], log_variance[None]).item()
+        apart = divergence(mean[None], log_variance[None]).item()
+        total += -math.log(likely) + 0.01 * source.logit_scale / 100 * apart
     assert loss == pytest.approx(total / 2, abs=1e-4)
 
 

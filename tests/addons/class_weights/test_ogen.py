@@ -1,5 +1,6 @@
 """OGEN: its network's identities, the parts of its loss, and that it leaves nothing behind but words."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def test_the_learners_loss_alone_is_the_learner_step_by_step(small: Any, labelle
 
 def test_the_parts_of_the_loss_by_hand(small: Any, labelled: Any) -> None:
     given, source = labelled(NAMES), small()
-    fitted = Ogen(unknown="bus|zebra", epochs=5, batch_size=20).fit(given, source)
+    fitted = Ogen(unknown="bus|zebra", epochs=5, batch_size=20, distill=0.0).fit(given, source)
     assert fitted.trained_with == ("bus", "zebra")
     task = fitted.task(given, source, fitted.examples(given))
     found = {name: parameter(start) for name, start in fitted.start(task).items()}
@@ -93,7 +94,7 @@ def test_the_parts_of_the_loss_by_hand(small: Any, labelled: Any) -> None:
         others = generate(found, weights[near], weights[labels][:, None], images[:, None], random)
         far = (weights[labels] @ names.T).topk(2).indices
         new = generate(found, names[far], weights[labels][:, None], images[:, None], random)
-        total = 32 * (((own - images) ** 2).mean() + ((others - around) ** 2).mean())
+        total = 32 * scale / 100 * (((own - images) ** 2).mean() + ((others - around) ** 2).mean())
         if later:
             total += F.cross_entropy(scale * images @ weights.T, labels) / 4
             total += F.cross_entropy(scale * own @ weights.T, labels) / 4
@@ -102,6 +103,51 @@ def test_the_parts_of_the_loss_by_hand(small: Any, labelled: Any) -> None:
             for j in range(2):
                 total += F.cross_entropy(scale * new[:, j] @ names.T, far[:, j]) / 6
         assert value == pytest.approx(total.item(), rel=1e-4), later
+
+
+def test_the_student_is_held_near_the_mean_of_its_past(small: Any, labelled: Any) -> None:
+    given, source = labelled(NAMES), small()
+    plain = Ogen(unknown="bus|zebra", epochs=5, batch_size=10, distill=0.0).fit(given, source)  # two steps an epoch
+    task = plain.task(given, source, plain.examples(given))
+    found = {name: parameter(start) for name, start in plain.start(task).items()}
+    with_teacher, without = (replace(plain, distill=weight).objective(task, found) for weight in (3.0, 0.0))
+    random, drawn = torch.Generator().manual_seed(4), torch.Generator().manual_seed(task.seed + 2)
+    rows, more = torch.tensor([0, 9, 18]), []
+    past: list[dict[str, torch.Tensor]] = []
+    means, deviations = class_statistics(task.images, task.labels, 5)
+    images, near = task.images[rows], nearest(means)[task.labels[rows]]
+    names = plain.prompted([parse_class("bus"), parse_class("zebra")], source)
+
+    def made(values: Any, around: torch.Tensor, far: torch.Tensor, random: Any) -> list[torch.Tensor]:
+        base, new = (text.features(values["vectors"]) for text in (task.text, names))
+        own = base[task.labels[rows]][:, None]
+        queries = (own, base[near], around), (base[near], own, images[:, None]), (new[far], own, images[:, None])
+        return [generate(values, *one, random) for one in queries]
+
+    for step in range(7):
+        more.append((with_teacher(rows) - without(rows)).item())
+        around = means[near] + torch.rand(32, generator=drawn) * deviations[near]
+        base, new = (text.features(found["vectors"]) for text in (task.text, names))
+        far = (base[task.labels[rows]] @ new.T).topk(2).indices
+        student = made(found, around, far, drawn)
+        if step == 6:  # three epochs are over, all of which are in the window
+            teacher = {name: torch.stack([one[name] for one in past]).mean(0) for name in found}
+            pairs = zip(student, made(teacher, around, far, None), strict=True)
+            wished = sum(((one - other) ** 2).mean().item() for one, other in pairs)
+            assert more[-1] == pytest.approx(3 * 32 * task.scale / 100 * wished, rel=1e-3)
+        with torch.no_grad():  # as if trained
+            for value in found.values():
+                value += 0.05 * torch.randn(value.shape, generator=random)
+        if step % 2:
+            past.append({name: value.detach().clone() for name, value in found.items()})
+    assert more[:2] == pytest.approx([0.0, 0.0], abs=1e-5) and min(more[2:]) > 1e-4  # at first there is no teacher
+
+
+def test_distillation_changes_what_is_learned(small: Any, labelled: Any) -> None:
+    given = labelled(NAMES, noise=0.3)
+    common = {"epochs": 5, "lr": 0.1, "batch_size": 10}
+    taught, free = (Ogen(**common, distill=weight).fit(given, small()) for weight in (1.0, 0.0))  # type: ignore[arg-type]
+    assert not torch.allclose(taught.vectors, free.vectors, atol=1e-4)  # type: ignore[arg-type]
 
 
 def test_bad_input(small: Any, labelled: Any) -> None:

@@ -42,7 +42,7 @@ def test_both_parts_in_loops() -> None:
 def test_the_loss_and_what_it_starts_from(small: Any, labelled: Any) -> None:
     given, source = labelled(NAMES), small()
     fitted = Pouf(lr=0.0, epochs=1).fit(given, source)
-    hand = source.embed_texts([f"a photo of a {name}" for name in NAMES])  # no period
+    hand = source.embed_texts([f"a photo of a {name}." for name in NAMES])
     assert torch.allclose(fitted.weights(given.class_names, source).vectors, hand, atol=1e-6)
     task = fitted.task(given, source, fitted.examples(given))
     found = {"vectors": parameter(task.text.words[0]), "log_scale": parameter(torch.tensor(0.2))}
@@ -56,7 +56,7 @@ def test_training_lowers_it_and_the_scale_is_in_the_weights(small: Any, labelled
     assert given.images is not None
     values = []
     for lr in (0.0, 0.05):
-        fitted = Pouf(lr=lr, epochs=15).fit(given, source)
+        fitted = Pouf(lr=lr, scale_lr=lr, epochs=15).fit(given, source)
         scores = fitted.weights(given.class_names, source).scores(given.images.vectors.pooled)
         scale = float(fitted.log_scale.exp())  # type: ignore[union-attr]
         logits = source.logit_scale * scores
@@ -64,6 +64,14 @@ def test_training_lowers_it_and_the_scale_is_in_the_weights(small: Any, labelled
     assert scale != 1.0 and values[1] < values[0] - 0.01
     norm = fitted.weights(given.class_names, source).vectors.norm(dim=1)
     assert torch.allclose(norm, torch.full((3,), scale), atol=1e-5)
+
+
+def test_the_scale_learns_at_a_rate_of_its_own(small: Any, labelled: Any) -> None:
+    given, source = labelled(NAMES, shots=8, noise=0.3), small()
+    slow, fast = (Pouf(lr=1e-4, scale_lr=rate, epochs=2).fit(given, source).log_scale for rate in (1e-4, 2e-4))
+    assert slow is not None and fast is not None and slow.abs() > 0
+    assert (fast / slow).item() == pytest.approx(2, rel=0.02)
+    assert Pouf(lr=0.01, scale_lr=0.0, epochs=2).fit(given, source).log_scale == 0
 
 
 def test_it_needs_images_and_no_labels(small: Any, labelled: Any) -> None:

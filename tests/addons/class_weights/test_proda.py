@@ -71,7 +71,7 @@ def test_one_context_is_coop_and_the_spread_counts(small: Any, labelled: Any, cr
         alone.append(F.normalize(model.ln_final(x[0, 4]) @ model.text_projection, dim=-1).detach())
     logits = bounded_logits(torch.stack(features), task.images[:5], task.labels[:5], source.logit_scale)
     pairs = [abs(float(alone[i] @ alone[j])) for i in range(4) for j in range(4) if i != j]
-    expected = cross_entropy(logits, task.labels[:5]) + 0.1 * sum(pairs) / 12
+    expected = cross_entropy(logits, task.labels[:5]) + 0.1 * task.scale / 100 * sum(pairs) / 12
     assert loss == pytest.approx(expected, abs=1e-4)
     one = ProDA(contexts=1, sampled=None, context=3, epochs=3, lr=0.1).fit(given, source)
     coop = CoOp(context=3, epochs=3, lr=0.1).fit(given, source)

@@ -75,7 +75,7 @@ def test_views_that_later_addons_are_fitted_on_are_changed_too(blobs: Blobs, tin
     given = blobs()
     fitted = ClipAdapter(ratio=0.5, epochs=1).fit(given, tiny_source())
     assert given.few_shot is not None and given.few_shot.vectors.views is not None
-    seen = Pipeline([fitted])._mapped_images(given.few_shot.vectors).views
+    seen = Pipeline([fitted]).map(given.few_shot.vectors, TEXTS)[0].views
     assert seen is not None and seen.shape == (12, 3, 16)
     for number in range(3):
         alone = Vectors("image", given.few_shot.vectors.views[:, number])

@@ -80,6 +80,22 @@ def test_dn_behind_it_is_fitted_on_averaged_features(source: CachedEmbedder, rec
     assert passes.num_images == 4 + 6  # plain for the reference; each in views once, whoever wants them
 
 
+def test_views_are_changed_by_what_stands_before_it(source: CachedEmbedder, records: list[Record]) -> None:
+    reference, _ = captioned_reference(Passes(source), records[:4])
+    texts = Vectors("text", source.embed_texts(["one", "two"]))
+    pipeline = Pipeline([DistributionNorm(bank_size=4), AveragedViews()]).fit(reference, source)
+    read = Passes(source).read(records, recipe=pipeline.views).vectors
+    assert read.views is not None
+    norm = pipeline.maps[0]
+    views = [norm.map(Vectors("image", read.views[:, place]), texts)[0].pooled for place in range(read.views.shape[1])]
+    averaged = F.normalize(torch.stack(views).mean(0), dim=-1)
+    mapped = norm.map(read, texts)[1].pooled
+    scores = torch.cat(list(pipeline.retrieval(read, texts, source).scores("image_to_text")))
+    assert torch.allclose(scores, averaged @ mapped.T, atol=1e-5)
+    unchanged = F.normalize(read.views.mean(1), dim=-1) @ mapped.T
+    assert not torch.allclose(scores, unchanged, atol=1e-3), "without the views' own correction it would be lost"
+
+
 def test_share_zero_is_the_image_and_missing_views_are_an_error(tiny_source: Callable[..., Any]) -> None:
     images, texts = Vectors("image", F.normalize(torch.randn(3, 16), dim=-1)), no_vectors("text", 16)
     reference = Reference(task="retrieval")

@@ -105,7 +105,8 @@ def test_the_whole_loss(tower_case: Any, task_of: Any) -> None:
 
     t0 = known(tower_case)
     p, p0 = logits(x, t).log_softmax(1), logits(x0, t0).log_softmax(1)
-    expected = -p[torch.arange(3), rows // 4].mean() + 25 * (t - t0).abs().mean() + 10 * (x - x0).abs().mean()
+    held = 25 * (t - t0).abs().mean() + 10 * (x - x0).abs().mean()
+    expected = -p[torch.arange(3), rows // 4].mean() + scale / 100 * held
     expected += (p0.exp() * (p0 - p)).sum() / 9
     assert loss == pytest.approx(expected.item(), abs=1e-4)
 
@@ -113,7 +114,7 @@ def test_the_whole_loss(tower_case: Any, task_of: Any) -> None:
 def test_held_prompts_stay_nearer(tower_case: Any) -> None:
     texts = [f"a photo of a {name}." for name in ("red", "green", "lime", "blue")]
     before, far = known(tower_case), []
-    for weight in (0.0, 100.0):
+    for weight in (0.0, 700.0):
         addon = PromptSrc(**LONGER, keep_text=weight, keep_image=0.0, centre=20.0)
         fitted = addon.fit(prepared(tower_case), tower_case.source)
         with fitted.edit(tower_case.encoder):

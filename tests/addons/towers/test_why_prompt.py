@@ -24,7 +24,7 @@ def why(tower_case: Any) -> Any:
 
 
 def test_texts_of_all_pairs(why: Any) -> None:
-    distinct, own = reasons_of(why.few_shot)
+    distinct, own = reasons_of(why.few_shot.records)
     assert distinct == ["much of its colour", "noise"] and own.tolist() == [0, 0, 1, 1] * 3
     found = rationale_texts(["a {reason}", "dog"], distinct)
     assert found.texts[1] == "This is a photo of a a {reason} because there is noise"
@@ -37,7 +37,7 @@ def test_learns_class_and_reason(tower_case: Any, why: Any) -> None:
     pipeline = Pipeline([WhyPrompt(**SHORT)]).fit(why, tower_case.source)
     again = Pipeline([WhyPrompt(**SHORT)]).fit(why, tower_case.source)
     assert pipeline.addons[0].key == again.addons[0].key
-    distinct, own = reasons_of(why.few_shot)
+    distinct, own = reasons_of(why.few_shot.records)
     candidates = rationale_texts([item.shown for item in why.class_names], distinct)
     texts = tower_case.source.embed_texts(candidates.texts)
 

@@ -9,8 +9,9 @@ probability over `draws` shifts.
 Source: Derakhshani et al. 2023, "Bayesian Prompt Learning for Image-Language Model Generalization", arXiv:2210.02390,
 and the authors' code: "a photo of a", mu from 0, log-variance from uniform(0, 1), 3 layers of 256 with ELU, beta 0.001,
 lr 0.002; 5 to 40 draws and 10 to 60 epochs by data set.
-Differs: 20 draws and 20 epochs for all, of Caltech-101; batch 32 where the authors' is 1. The
-divergence is summed over channels. Shifts of prediction are drawn once by the seed of fitting. Training as `coop`.
+Differs: 20 draws and 20 epochs for all, of Caltech-101; batch 32 where the authors' is 1. The divergence is summed over
+channels; beta is beside logits of 100 x cosine, as much smaller as the multiplier is. Shifts of prediction are drawn
+once by the seed of fitting. Training as `coop`.
 """
 
 import math
@@ -93,14 +94,14 @@ class BayesianPrompt(TextPrompts):
     def objective(self, task: PromptTask, found: Learned) -> Loss:
         """The bound on the evidence."""
         random = torch.Generator().manual_seed(task.seed + 3)
-        width = task.text.words.shape[-1]
+        width, beta = task.text.words.shape[-1], task.from_paper(self.beta)
 
         def loss(rows: Tensor) -> Tensor:
             images, labels = task.images[rows], task.labels[rows]
             noise = torch.randn(self.draws, width, generator=random).to(images)
             mean, log_variance = self._distribution(found, images)
             likely = mean_of_probabilities(task.scale * self._scores(task.text, found, images, noise))
-            return F.nll_loss(likely, labels) + self.beta * divergence(mean, log_variance).mean()
+            return F.nll_loss(likely, labels) + beta * divergence(mean, log_variance).mean()
 
         return loss
 
@@ -108,6 +109,7 @@ class BayesianPrompt(TextPrompts):
         """The mean probability over the shifts, as scores."""
         assert self.vectors is not None and self.noise is not None
         text, noise = self.prompted(class_names, embedder), self.noise
+        scale = self.scale or self.logit_scale  # probabilities are mixed as sure as they were trained
         names = LAYERS if self.conditional else ("mean", "log_variance")
         found = {name: getattr(self, name).to(text.encoder.device) for name in ("vectors", *names)}
         fixed = None
@@ -117,12 +119,12 @@ class BayesianPrompt(TextPrompts):
         def conditioned(images: Vectors) -> Tensor:
             if fixed is not None:
                 scores = torch.stack([text.scores(images.pooled, one) for one in fixed])
-                return mean_of_probabilities(self.logit_scale * scores) / self.logit_scale
+                return mean_of_probabilities(scale * scores) / scale
             parts = [images.pooled.new_empty(0, len(class_names))]
             with torch.no_grad(), frozen(text.encoder):
                 for one in images.pooled.to(text.encoder.device).split(1):
                     scores = self._scores(text, found, one, noise.to(one))
-                    parts.append((mean_of_probabilities(self.logit_scale * scores) / self.logit_scale).cpu())
+                    parts.append((mean_of_probabilities(scale * scores) / scale).cpu())
             return torch.cat(parts)
 
         return ImageConditionedWeights(conditioned, len(class_names))

@@ -5,11 +5,11 @@
         + 0.3 (mean_i H(p_i) - H(mean_i p_i))
 
 Source: Tanwisuth et al. 2023, "POUF: Prompt-oriented Unsupervised Fine-tuning for Large Pre-trained Models",
-arXiv:2305.00350, and the authors' code: "a photo of a" without a period at the end, SGD 0.01 x 0.1 with Nesterov's
-momentum, weight decay 1e-3, batch 96.
-Differs: the authors keep the epoch that does best on labelled validation images; here the last one counts. Training
-whole models is not part of this. 10 epochs, as the authors' 500 steps an epoch suit large sets. The scale of the logits
-is learned with the same rate. Training otherwise as `coop`.
+arXiv:2305.00350, and the authors' code, commit 5d92a72 (--learn-prompt): "a photo of a {}.", SGD with Nesterov's
+momentum, lr 0.01 x 0.1 for the words and 0.01 x 5e-5 for the logarithm of the scale, weight decay 1e-3, batch 96.
+Differs: the authors keep the epoch that does best on labelled validation images; here the last one counts. 10 epochs,
+as the authors' 500 steps an epoch suit large sets. The scale that is learned stands beside the model's own, so weight
+decay pulls it to that and not to 1. Training otherwise as `coop`. Whole models: `pouf_full`, in the towers.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ from vlkit.addons.base import Need, learned
 from vlkit.addons.class_names import ClassName
 from vlkit.addons.exchange import ClassWeights
 from vlkit.addons.prompt_fit import Plan
-from vlkit.addons.prompted_text import PromptedText, encoder_of, prompt_tokens, word_ids
 from vlkit.addons.text_prompts import Examples, Learned, Loss, PromptTask, TextPrompts, features_of
+from vlkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from vlkit.addons.reference import Reference
@@ -37,6 +37,7 @@ class Pouf(TextPrompts):
 
     Attributes:
         entropy_weight: of clear and even classes.
+        scale_lr: learning rate of the logarithm of the scale, beside `lr` of the words.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"unlabelled_images", "class_names", "grad_text"})
@@ -47,6 +48,7 @@ class Pouf(TextPrompts):
     lr: float = 1e-3
     batch_size: int = 96
     entropy_weight: float = 0.3
+    scale_lr: float = 5e-7
     log_scale: Tensor | None = learned()  # () of the multiplier beside the model's own
 
     def examples(self, reference: "Reference") -> Examples:
@@ -56,15 +58,15 @@ class Pouf(TextPrompts):
         return Examples(vectors, torch.zeros(len(vectors), dtype=torch.int64))
 
     def plan(self, examples: Examples, num_classes: int) -> Plan:
-        """The authors'."""
+        """The authors'.
+
+        Raises:
+            ConfigError: another optimizer than theirs, on which the rate of the scale rests.
+        """
+        if self.optimizer != "sgd":
+            raise ConfigError("pouf: the scale's learning rate is made with sgd; leave it at optimizer=sgd.")
         epochs = 10 if self.epochs is None else self.epochs
         return Plan(epochs, self.lr, self.batch_size, self.max_seconds, weight_decay=1e-3, nesterov=True)
-
-    def prompted(self, class_names: Sequence[ClassName], embedder: "FeatureSource") -> PromptedText:
-        """Without a period."""
-        encoder = encoder_of(embedder)
-        ids = word_ids(encoder, self.words) if self.words else word_ids(encoder, "x") * self.context
-        return PromptedText(encoder, prompt_tokens(encoder, class_names, ids, self.position, closing=""))
 
     def start(self, task: PromptTask) -> Learned:
         """The words, and no other scale."""
@@ -72,6 +74,9 @@ class Pouf(TextPrompts):
 
     def objective(self, task: PromptTask, found: Learned) -> Loss:
         """Transport and mutual information."""
+        ratio = self.scale_lr / self.lr if self.lr else 0.0
+        if found["log_scale"].requires_grad:  # SGD is linear in the gradient: a share of it is a rate of its own
+            found["log_scale"].register_hook(lambda gradient: ratio * gradient)
 
         def loss(rows: Tensor) -> Tensor:
             similarity = task.text.scores(task.images[rows], task.text.features(found["vectors"]))

@@ -9,8 +9,9 @@ quarter of the contexts has the class name in front, a quarter in the middle, ha
 Source: Lu et al. 2022, "Prompt Distribution Learning", arXiv:2205.03340; the form of the bound from an independent
 implementation, and derived anew: E log sum exp <= log sum exp of the mean and half the variance.
 Differs: what the authors' own code does is not known, as it could not be had. The covariance is divided by the number
-of contexts. `spread` is the paper's 0.1. Some of the contexts, drawn in each step, take part in it (`sampled`), to save
-memory. Of a class's names the first counts. Training as `coop`.
+of contexts. `spread` is the paper's 0.1 beside logits of 100 x cosine, as much smaller as the multiplier is. Some of
+the contexts, drawn in each step, take part in it (`sampled`), to save memory. Of a class's names the first counts.
+Training as `coop`.
 """
 
 from collections.abc import Sequence
@@ -58,14 +59,14 @@ class ProDA(TextPrompts):
         by_place = self._by_place(task.class_names, task.source)
         bare = PromptedText(task.text.encoder, alone(task.text), self.precision, self.checkpointing)
         random = torch.Generator().manual_seed(task.seed)
-        count = self.contexts if self.sampled is None else self.sampled
+        count, spread = self.contexts if self.sampled is None else self.sampled, task.from_paper(self.spread)
 
         def loss(rows: Tensor) -> Tensor:
             chosen = torch.randperm(self.contexts, generator=random)[:count].sort().values
             features = features_at(by_place, found["vectors"], positions(self.contexts), chosen)
             logits = bounded_logits(features, task.images[rows], task.labels[rows], task.scale)
             own = bare.features(found["vectors"][chosen][:, None])[:, 0]
-            return F.cross_entropy(logits, task.labels[rows]) + self.spread * likeness(own)
+            return F.cross_entropy(logits, task.labels[rows]) + spread * likeness(own)
 
         return loss
 

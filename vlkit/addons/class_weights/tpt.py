@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vlkit.addons.base import Need
 from vlkit.addons.class_names import ClassName
+from vlkit.addons.confidence import require_labels
 from vlkit.addons.exchange import ImageConditionedWeights, Vectors
 from vlkit.addons.prompt_fit import frozen, parameter
 from vlkit.addons.prompted_text import PromptedText
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tpt(TextPrompts):
-    """Words tuned on each image; of the settings of `TextPrompts`, epochs, batch_size and max_seconds say nothing here.
+    """Words tuned on each image; of the settings of `TextPrompts`, epochs, optimizer, batch_size and max_seconds say
+    nothing here.
 
     Attributes:
         tuning_steps: of AdamW on each image.
@@ -62,6 +64,7 @@ class Tpt(TextPrompts):
                 f"tpt: share {self.share} (above 0 to 1), tuning_steps {self.tuning_steps} (from 0), together "
                 f"{self.together} (from 1), words {self.words!r} (some)."
             )
+        require_labels(self, self.confidence)
         self.prompted(reference.class_names, embedder)
         return self
 

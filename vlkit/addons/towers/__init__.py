@@ -43,6 +43,14 @@ METHODS: dict[str, MethodRow] = {
         source="Xu et al. 2023, arXiv:2308.10061 (experimental: the paper leaves it open)",
         when="Like ivlp, where prompts must not drown what the tower attends to by itself.",
     ),
+    "head_ablation": MethodRow(
+        name="head_ablation",
+        slot="towers",
+        needs="unlabelled images; heads, which text_span names",
+        cost="the class token's attention once more in the layers of these heads",
+        source="Gandelsman et al. 2024, arXiv:2310.05916",
+        when="Some heads follow a cue that must not count, such as the background; see `eval worst-group`.",
+    ),
     "ivlp": MethodRow(
         name="ivlp",
         slot="towers",
@@ -74,6 +82,14 @@ METHODS: dict[str, MethodRow] = {
         cost="a second way through the last block",
         source="Hajimiri et al. 2025, arXiv:2404.08181",
         when="Dense prediction of compact objects: neighbouring patches should agree.",
+    ),
+    "pouf_full": MethodRow(
+        name="pouf_full",
+        slot="towers",
+        needs="unlabelled images and the class names; minutes through both towers",
+        cost="none; a whole set of weights",
+        source="Tanwisuth et al. 2023, arXiv:2305.00350 (model tuning)",
+        when="Many images without labels, of another kind than the model knows; classes about equally frequent.",
     ),
     "prompt_src": MethodRow(
         name="prompt_src",

@@ -21,20 +21,17 @@ temperature stays. What the published gains come from is open: compare with all 
 fine-tuning.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
+from torch import Tensor
 
-from vlkit.addons.base import learned
 from vlkit.addons.class_texts import read_class_texts, texts_of
 from vlkit.addons.prompt_fit import Plan
-from vlkit.addons.tower_learning import Learned, Loss, TowerTask, WordedLearner
+from vlkit.addons.tower_learning import Learned, Loss, TowerTask
+from vlkit.addons.tower_weights import WeightLearner
 from vlkit.errors import ConfigError, DataError
 from vlkit.models.attention import attention_map, attention_parts, feed_forward, mix_values
 from vlkit.models.dual_encoder import DualEncoder
@@ -57,7 +54,7 @@ class Terms(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Deal(WordedLearner):
+class Deal(WeightLearner):
     """Both towers fine-tuned for consistent explanations.
 
     Attributes:
@@ -73,7 +70,6 @@ class Deal(WordedLearner):
     separate: float = 24.5
     consistent: float = 0.49
     sparse: float = 0.12
-    weights: Tensor | None = learned()  # (N,) of both towers, one tensor after the other
 
     def __post_init__(self) -> None:
         """Check.
@@ -83,45 +79,6 @@ class Deal(WordedLearner):
         """
         if self.concepts < 2:
             raise ConfigError(f"deal: concepts is {self.concepts}; maps can differ from two on.")
-
-    def start(self, task: TowerTask) -> Learned:
-        """The model's own weights."""
-        return {"weights": parameters_to_vector(tower_weights(task.encoder)).detach()}
-
-    @contextmanager
-    def acting(self, encoder: DualEncoder, found: Learned) -> Iterator[None]:
-        """Other weights."""
-        weights, values = tower_weights(encoder), found["weights"]
-        sizes = [one.numel() for one in weights]
-        if values.numel() != sum(sizes):
-            raise ConfigError(f"deal: {values.numel()} weights do not fit this model of {sum(sizes)}. Fit them for it.")
-        given = [one.data for one in weights]
-        try:
-            for one, part in zip(weights, values.split(sizes), strict=True):
-                one.data = part.view_as(one).to(one)
-            yield
-        finally:
-            _put_back(weights, given)
-
-    @contextmanager
-    def training(self, task: TowerTask) -> Iterator[Learned]:
-        """The model's own weights, copied for the time being."""
-        weights = tower_weights(task.encoder)
-        given, wanted = [one.data for one in weights], [one.requires_grad for one in weights]
-        try:
-            for one in weights:
-                one.data = one.data.clone()
-                one.requires_grad_(True)
-            yield {str(place): one for place, one in enumerate(weights)}
-        finally:
-            _put_back(weights, given)
-            for one, before in zip(weights, wanted, strict=True):
-                one.grad = None
-                one.requires_grad_(before)
-
-    def kept(self, found: Learned) -> Learned:
-        """All weights as one vector."""
-        return {"weights": parameters_to_vector(list(found.values()))}
 
     def plan(self, task: TowerTask) -> Plan:
         """With the authors' optimizer and weight decay."""
@@ -219,17 +176,6 @@ def contrast(logits: Tensor) -> Tensor:
     """Symmetric InfoNCE of logits (B,B), partners on the diagonal."""
     own = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-
-
-def tower_weights(encoder: DualEncoder) -> list[nn.Parameter]:
-    """All parameters but the scale and bias of the logits, by name: their own order may differ between two runs."""
-    named = sorted(encoder.named_parameters(), key=lambda pair: pair[0])
-    return [one for name, one in named if name.rpartition(".")[2] not in ("logit_scale", "logit_bias")]
-
-
-def _put_back(weights: list[nn.Parameter], given: list[Tensor]) -> None:
-    for one, data in zip(weights, given, strict=True):
-        one.data = data
 
 
 ADDON = Deal

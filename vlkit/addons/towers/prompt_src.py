@@ -1,6 +1,6 @@
 """PromptSRC: independent deep prompts in both towers, held near what the model knew, averaged over the epochs.
 
-    loss = CE + 25 mean|t - t0| + 10 mean|x - x0| + KL(p0 || p) / (B C)
+    loss = CE + 25 mean|t - t0| + 10 mean|x - x0| + KL(p0 || p) / (B C)                         of 100 x cosine
 
 t, x: text and image features with prompts; x0 of the frozen tower; t0 of the frozen tower, mean over many templates;
 p, p0: probabilities of (x, t) and (x0, t0). What is kept is the mean of the prompts after each epoch, weighted by a
@@ -9,10 +9,11 @@ Gaussian over the epochs: the first ones have learned little, the last ones fit 
 Source: Khattak et al. 2023, "Self-regulating Prompts: Foundational Model Adaptation without Forgetting",
 arXiv:2307.06948, equations 3 to 6, and the authors' code: 4 + 4 vectors at 9 layers, SGD 0.0025, batch 4, 20 epochs (50
 with few shots), Gaussian of standard deviation 1 centred at epoch 15 (30, or 45).
-Differs: t0 is the mean over any set of templates, by default the 80 for ImageNet; the authors' 60 are a choice of
-these. The centre is three quarters of the epochs. Where `max_seconds` ends the training, the weights of the epochs that
-were done are brought to sum 1; with none done, the last values stay. Prompts of the image come in behind the norm of
-the embedded patches.
+Differs: the weights 25 and 10 are those beside logits of 100 x cosine, and as much smaller as the multiplier of the
+training is, for the gradient that they work against grows with that; so does that of KL. t0 is the mean over any set
+of templates, by default the 80 for ImageNet; the authors' 60 are a choice of these. The centre is three quarters of the
+epochs. Where `max_seconds` ends the training, the weights of the epochs that were done are brought to sum 1; with none
+done, the last values stay. Prompts of the image come in behind the norm of the embedded patches.
 """
 
 from collections.abc import Iterator
@@ -46,7 +47,8 @@ class PromptSrc(WordedLearner):
         text_tokens: vectors in front of a layer of the text tower; they start as the first tokens of `words`.
         image_tokens: the same in the vision tower.
         depth: layers that have them, from the first; more than a tower has: all of it.
-        keep_text, keep_image, keep_logits: weights of the three regularisers; with 0 for all it is IVLP, averaged.
+        keep_text, keep_image, keep_logits: weights of the three regularisers, beside cross-entropy of 100 x cosine;
+            with 0 for all it is IVLP, averaged.
         templates: a set, a file or a template that the frozen text features are made with.
         centre: epoch, from 1, that counts most; None: three quarters of the epochs.
         spread: standard deviation of the Gaussian, in epochs.
@@ -91,6 +93,7 @@ class PromptSrc(WordedLearner):
         """Cross-entropy and the three regularisers."""
         assert task.known is not None
         known = task.known.to(task.encoder.device)
+        keep_text, keep_image = task.from_paper(self.keep_text), task.from_paper(self.keep_image)
 
         def loss(rows: Tensor) -> Tensor:
             images, texts = task.images(rows), task.texts()
@@ -100,7 +103,7 @@ class PromptSrc(WordedLearner):
             logits = task.logits(features, texts)
             before = task.logits(known_images, ClassWeights(known, texts.class_of))
             held = regularisers(Sides(features, texts.vectors, logits), Sides(known_images, known, before))
-            kept = self.keep_image * held.image + self.keep_text * held.text + self.keep_logits * held.logits
+            kept = keep_image * held.image + keep_text * held.text + self.keep_logits * held.logits
             return F.cross_entropy(logits, task.labels[rows]) + kept
 
         return loss

@@ -2,8 +2,8 @@
 
     loss = CE over all classes x reasons of tau cos(x, "This is a photo of a {class} because there is {reason}")
 
-The caption of each few-shot image is its reason. `rationale_texts` makes the candidates, and
-`eval.metrics.doubly_right` tells how often class and reason are both right.
+The caption of each few-shot image is its reason; `vlkit eval doubly-right` tells how often class and reason are both
+right.
 
 Source: Mao et al. 2023, "Doubly Right Object Recognition: A Why Prompt for Visual Rationales", CVPR, arXiv:2212.06202,
 section 4, and the authors' code for small sets: 3 vectors behind the patches in front of the first layer,
@@ -17,7 +17,7 @@ embedded patches.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,9 @@ from vlkit.addons.base import learned
 from vlkit.addons.prompt_fit import Plan
 from vlkit.addons.tower_learning import Learned, Loss, TowerLearner, TowerTask
 from vlkit.addons.tower_prompts import image_prompts, layers, width
+from vlkit.data.records import Record
 from vlkit.errors import DataError
 from vlkit.models.dual_encoder import DualEncoder
-
-if TYPE_CHECKING:
-    from vlkit.addons.reference import Part
 
 TEMPLATE = "This is a photo of a {class} because there is {reason}"
 MAX_SCALE = 100.0
@@ -82,9 +80,9 @@ class WhyPrompt(TowerLearner):
         """
         shots = task.reference.few_shot
         assert shots is not None
-        distinct, own = reasons_of(shots)
+        distinct, own = reasons_of(shots.records)
         candidates = rationale_texts([item.shown for item in task.reference.class_names], distinct)
-        _require_room(candidates.texts, task.encoder)
+        require_room(candidates.texts, task.encoder)
         texts = task.source.embed_texts(candidates.texts).to(task.encoder.device)
         targets = task.labels * len(distinct) + own.to(task.labels.device)
         scale = min(task.scale, MAX_SCALE)
@@ -102,30 +100,34 @@ def rationale_texts(class_names: Sequence[str], reasons: Sequence[str]) -> Ratio
     return Rationales(texts, classes, torch.arange(len(reasons)).repeat(len(class_names)))
 
 
-def reasons_of(part: "Part") -> tuple[list[str], Tensor]:
+def reasons_of(records: Sequence[Record]) -> tuple[list[str], Tensor]:
     """The distinct reasons of images in their order, and which of them each image (n,) has.
 
     Raises:
         DataError: an image without a caption.
     """
-    lacking = [record.key for record in part.records if not record.captions]
+    lacking = [record.key for record in records if not record.captions]
     if lacking:
         raise DataError(
-            f"why_prompt: {len(lacking)} of {len(part.records)} images have no reason (first: {lacking[0]}). Give each "
+            f"{len(lacking)} of {len(records)} images have no reason (first: {lacking[0]}). Give each "
             "image one as its caption, e.g. in a table with columns image, class, caption."
         )
-    given = [record.captions[0].strip().rstrip(".") for record in part.records]
+    given = [record.captions[0].strip().rstrip(".") for record in records]
     number = {reason: place for place, reason in enumerate(dict.fromkeys(given))}
     return list(number), torch.tensor([number[reason] for reason in given])
 
 
-def _require_room(texts: Sequence[str], encoder: DualEncoder) -> None:
-    """Reasons stand at the end of a text: cut off, they would all be alike."""
+def require_room(texts: Sequence[str], encoder: DualEncoder) -> None:
+    """Refuse texts longer than the text tower takes: reasons stand at their end, and cut off all would be alike.
+
+    Raises:
+        DataError: the longest.
+    """
     sizes = [len(row) for row in encoder.tokenize.encode_whole(texts)]
     longest = max(range(len(texts)), key=lambda place: sizes[place])
     if sizes[longest] > encoder.context_length:
         raise DataError(
-            f"why_prompt: {texts[longest]!r} has {sizes[longest]} tokens, this model takes {encoder.context_length}. "
+            f"{texts[longest]!r} has {sizes[longest]} tokens, this model takes {encoder.context_length}. "
             "Shorten the reason."
         )
 
