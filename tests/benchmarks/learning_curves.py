@@ -5,12 +5,12 @@
     python tests/benchmarks/learning_curves.py --train shards/flickr8k-train --dev shards/flickr8k-dev \\
         --data $VLKIT_DATA/flickr8k --minutes 4 --seeds 0,1,2 --out runs/curves
 
-open_clip's side is `open_clip_train.main` as its README starts it: webdataset shards with one caption a sample (the
-same small JPEGs), amp_bf16, and of our run file whatever its command has a flag for: model, batch, learning rate,
-betas, weight decay, warm-up, clipping, crops, flips, colours. Dropping caption tokens and several captions an image
-have none. First each side takes a few steps alone to learn how long one lasts (the fast quarter of them), then as
-many as fit into the time, so that other work on the machine changes no result. At each of `--points` equal parts of the
-way recall@10 is measured on the dev split with the same evaluator; nothing is chosen there.
+open_clip's side is `open_clip_train.main` (which imports pandas) as its README starts it: webdataset shards with one
+caption a sample (the same small JPEGs), amp_bf16, and of our run file whatever its command has a flag for: model,
+batch, learning rate, betas, weight decay, warm-up, clipping, crops, flips, colours. Dropping caption tokens and several
+captions an image have none. First each side takes a few steps alone to learn how long one lasts (the fast quarter of
+them), then as many as fit into the time, so that other work on the machine changes no result. At each of `--points`
+equal parts of the way recall@10 is measured on the dev split with the same evaluator; nothing is chosen there.
 """
 
 import argparse

@@ -73,8 +73,14 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_head_learns_and_the_encoder_stays(folder: Path) -> None:
-    out = pretrain(run_file(folder, "first"))
+@pytest.fixture(scope="module")
+def first(folder: Path) -> Path:
+    """A run as it is written above."""
+    return pretrain(run_file(folder, "first"))
+
+
+def test_the_head_learns_and_the_encoder_stays(folder: Path, first: Path) -> None:
+    out = first
     assert losses(out)[-1] < losses(out)[0] - 0.1
     before, after = (load_file(path / "open_clip_model.safetensors") for path in (folder / "encoder", out / "model"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -93,7 +99,7 @@ def test_the_head_learns_and_the_encoder_stays(folder: Path) -> None:
     torch.testing.assert_close(by_loss, expected)
 
 
-def test_interrupted_and_resumed_is_the_same_to_the_bit(folder: Path) -> None:
+def test_interrupted_and_resumed_is_the_same_to_the_bit(folder: Path, first: Path) -> None:
     whole = pretrain(run_file(folder, "whole", "loss.patch_alignment.learn_attention_scale=true"))
     run = run_file(folder, "broken", "loss.patch_alignment.learn_attention_scale=true")
 
@@ -105,13 +111,13 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(folder: Path) -> None:
         pretrain(run, every=[Every(Duration(1, "steps"), stop)])
     assert checkpoints(Path(run.run.out))
     again = pretrain(run, resume=True)
-    first, second = (load_file(out / HEAD_FILE) for out in (whole, again))
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    assert first["log_attention_scale"] != load_file(folder / "first" / HEAD_FILE)["log_attention_scale"]
+    one, other = (load_file(out / HEAD_FILE) for out in (whole, again))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert one["log_attention_scale"] != load_file(first / HEAD_FILE)["log_attention_scale"]
 
 
-def test_in_chunks_the_head_gets_the_same_gradients(folder: Path) -> None:
-    whole = load_file(folder / "first" / HEAD_FILE)
+def test_in_chunks_the_head_gets_the_same_gradients(folder: Path, first: Path) -> None:
+    whole = load_file(first / HEAD_FILE)
     chunked = load_file(pretrain(run_file(folder, "chunked", "data.chunk_size=5")) / HEAD_FILE)
     for name, value in whole.items():
         torch.testing.assert_close(chunked[name], value, atol=1e-3, rtol=1e-2)
