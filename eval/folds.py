@@ -44,7 +44,10 @@ class FoldedRetrieval(Evaluator):
             raise ConfigError(f"{self.folds} folds; expected 1 or more.")
         count = sum(bool(record.captions) for record in self.evaluator.records)
         if count % self.folds:
-            raise DataError(f"{count} images with captions cannot be cut into {self.folds} equal folds.")
+            raise DataError(
+                f"{count} images with captions cannot be cut into {self.folds} equal folds; expected a divisor of "
+                f"{count}, as 5 is of COCO's 5,000. Choose --folds so, or leave it out for all images at once."
+            )
 
     @property
     def records(self) -> Sequence[Record]:

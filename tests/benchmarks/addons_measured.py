@@ -129,7 +129,7 @@ def unlabelled(source: FeatureSource, data: Path, options: argparse.Namespace) -
                 for bench, one in zip(benches, picked, strict=True)
             ]
             note = "sees the test images" if picked[0].transductive else ""
-            settings = " / ".join(dict.fromkeys(shown(one) for one in picked)) if name in GRIDS else ""
+            settings = " / ".join(dict.fromkeys(shown(one) or "defaults" for one in picked)) if name in GRIDS else ""
             yield compared(name, CALTECH, "", plain, pooled(adapted), settings=settings, note=note)
 
 

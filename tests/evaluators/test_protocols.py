@@ -137,7 +137,7 @@ def test_folds_are_equal_and_the_first_captions_are_taken(tmp_path: Path) -> Non
     prepared = prepare(protocol, tmp_path / "t.csv")
     assert isinstance(prepared.evaluator, FoldedRetrieval) and prepared.evaluator.folds == 3
     assert {len(record.captions) for record in prepared.evaluator.records} == {2}
-    with pytest.raises(DataError, match="4 equal folds"):
+    with pytest.raises(DataError, match="4 equal folds; expected a divisor"):
         prepare(dataclasses.replace(protocol, folds=4), tmp_path / "t.csv")
 
 
