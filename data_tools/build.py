@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from data_tools.build_plan import finished_stats, hold_folder, settle_plan, source_fingerprint
-from data_tools.write_shard import ShardOptions, ShardPart, Tokenize, write_error, write_shard
+from data_tools.write_shard import ShardOptions, ShardPart, Tokenize, rows_path, write_error, write_shard
 from vlkit.contracts import Progress
 from vlkit.data.atomic import atomic_file
 from vlkit.data.records import Problems, Source
@@ -137,7 +137,8 @@ def run_parts(
         engine: "local" or "ray".
         progress: called with records done and in all.
     """
-    stats = {part.name: found for part in parts if (found := finished_stats(out, part.name))}
+    begun = ((part.name, finished_stats(out, part.name, rows_path(out, part.name))) for part in parts)
+    stats = {name: found for name, found in begun if found}
     kept = len(stats)
     todo = [part for part in parts if part.name not in stats]
     done, total = sum(sizes[name] for name in stats), sum(sizes.values())

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_tools.write_shard import rows_path
 from vlkit.data.atomic import TEMPORARY, atomic_file
 from vlkit.data.records import ImageRef, Source
 from vlkit.data.shard_paths import BUILD_FORMAT, BUILD_PLAN, read_build_plan, stats_path
@@ -93,13 +92,13 @@ def settle_plan(folder: Path, plan: dict[str, Any]) -> None:
             entry.unlink(missing_ok=True)
 
 
-def finished_stats(folder: Path, name: str) -> dict[str, Any] | None:
-    """The stats of a shard if it is finished and its files are there as they were written."""
+def finished_stats(folder: Path, name: str, *beside: Path) -> dict[str, Any] | None:
+    """The stats of a shard if it is finished and its tar, its index and the files `beside` it are there as written."""
     tar = folder / f"{name}.tar"
     try:
         stats: dict[str, Any] = json.loads(stats_path(folder, name).read_text())
-        beside = sidecar_path(tar).is_file() and rows_path(folder, name).is_file()
-        whole = beside and tar.stat().st_size == stats["tar_bytes"]
+        there = all(file.is_file() for file in (sidecar_path(tar), *beside))
+        whole = there and tar.stat().st_size == stats["tar_bytes"]
     except (OSError, ValueError, KeyError):
         return None
     return stats if whole else None

@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.build_plan import hold_folder, settle_plan
+from data_tools.build_plan import finished_stats, hold_folder, settle_plan
 from data_tools.check_samples import read_texts
 from data_tools.sample_facts import hash64
 from data_tools.write_shard import stats_path, write_error
@@ -172,11 +172,6 @@ def copy_shard(shard: ShardIndex, folder: Path, more: More) -> dict[str, Any]:
     return _write_part(_Part(shard.name, [_Run(str(shard.path), shard.digest, rows, rows < 0)], folder), more)
 
 
-def finished_copy(shard: ShardIndex, folder: Path) -> dict[str, Any] | None:
-    """The stats of a `copy_shard` that an earlier start finished; else None."""
-    return _finished(_Part(shard.name, [], folder))
-
-
 def source_hash(chosen: Sequence[Chosen]) -> str:
     """Changes when other samples, or shards with other contents, are chosen."""
     hashed = hashlib.sha256()
@@ -224,7 +219,7 @@ def _cut(chosen: Sequence[Chosen], out: Path, samples_per_shard: int) -> list[_P
 def _write_parts(
     parts: list[_Part], total: int, workers: int, progress: Progress | None
 ) -> tuple[list[dict[str, Any]], int]:
-    stats = {part.name: found for part in parts if (found := _finished(part))}
+    stats = {part.name: found for part in parts if (found := finished_stats(part.folder, part.name))}
     kept, todo = len(stats), [part for part in parts if part.name not in stats]
     done = sum(found["num_samples"] for found in stats.values())
     for position, written in map_parts(_write_part, todo, workers):
@@ -233,17 +228,6 @@ def _write_parts(
         if progress:
             progress(done, total)
     return [stats[part.name] for part in parts], kept
-
-
-def _finished(part: _Part) -> dict[str, Any] | None:
-    """The stats of a shard that an earlier start finished, if its files are there as they were written."""
-    tar = part.folder / f"{part.name}.tar"
-    try:
-        stats: dict[str, Any] = json.loads(stats_path(part.folder, part.name).read_text())
-        whole = sidecar_path(tar).is_file() and tar.stat().st_size == stats["tar_bytes"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return stats if whole else None
 
 
 def _write_part(part: _Part, more: More = _nothing_more) -> dict[str, Any]:

@@ -4,16 +4,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from jinja2 import Environment, PackageLoader
-
 from data_tools.dedupe import KINDS, DedupeReport
 from data_tools.leakage import COLUMNS, Leak, LeakageReport
+from data_tools.page import write_page
 from data_tools.sample_facts import thumbnail_of
 from data_tools.signatures import normal_caption
 from vlkit.data.records import Record
 from vlkit.data.shard_index import ShardSet
 from vlkit.errors import DataError
-from vlkit.escape import one_line
 
 _SIDE = 160  # pixels of a thumbnail
 _PAIRS = 60  # of a section
@@ -72,7 +70,8 @@ def write_dedupe_page(report: DedupeReport, path: str | Path) -> None:
             return Pair(says, kept, _sample(report.shards, row, "copy"))
 
         sections += _section(_SAYS[kind].partition(",")[0], copies, pair)
-    _write(path, "Copies in the shards", (), report.rows(), sections)
+    title, rows = "Copies in the shards", report.rows()
+    write_page(path, "pairs.html.j2", title=title, columns=(), rows=rows, sections=sections)
 
 
 def write_leakage_page(report: LeakageReport, path: str | Path) -> None:
@@ -94,7 +93,8 @@ def write_leakage_page(report: LeakageReport, path: str | Path) -> None:
                 return Pair(says, _sample(report.shards, leak.sample, "training"), _record(record, "evaluation"))
 
             sections += _section(f"{name}: {_SAYS[kind].partition(',')[0]}", found, pair)
-    _write(path, "Evaluation images in the training shards", COLUMNS, report.rows(), sections)
+    title, rows = "Evaluation images in the training shards", report.rows()
+    write_page(path, "pairs.html.j2", title=title, columns=COLUMNS, rows=rows, sections=sections)
 
 
 def _section(title: str, items: Sequence[Item], pair: Callable[[Item], Pair]) -> list[Section]:
@@ -122,21 +122,3 @@ def _record(record: Record, role: str) -> Side:
     except DataError:
         url = None
     return Side(role, record.key, url, record.captions[:_MAX_CAPTIONS])
-
-
-def _write(
-    path: str | Path,
-    title: str,
-    columns: Sequence[str],
-    rows: Sequence[tuple[object, ...]],
-    sections: list[Section],
-) -> None:
-    environment = Environment(loader=PackageLoader("data_tools"), autoescape=True)
-    page = environment.get_template("pairs.html.j2").render(
-        title=title, columns=columns, rows=rows, sections=sections, visible=one_line
-    )
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(page, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise DataError(f"Cannot write {path}: {error.strerror or error}.") from error

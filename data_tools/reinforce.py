@@ -27,11 +27,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_tools.build_plan import hold_folder, settle_plan
-from data_tools.copy_samples import BESIDE, Chosen, copy_shard, finished_copy, source_hash
+from data_tools.build_plan import finished_stats, hold_folder, settle_plan
+from data_tools.copy_samples import BESIDE, Chosen, copy_shard, source_hash
 from data_tools.write_shard import write_error
 from vlkit.config import AugmentSettings
-from vlkit.contracts import Progress
+from vlkit.contracts import Progress, continued
 from vlkit.data.augment import Augment, decode_views
 from vlkit.data.caption_choice import CaptionChoice, check_fields
 from vlkit.data.decode import open_image
@@ -131,10 +131,10 @@ def reinforce_shards(
             record.write(out)
             _copy_beside(shards.shards[0].path.parent, out)
             for shard in shards.shards:
-                stats = finished_copy(shard, out)
+                stats = finished_stats(out, shard.name)
                 kept += stats is not None
                 if stats is None:
-                    taught = job.embed(shard, _after(progress, done, shards.num_samples))
+                    taught = job.embed(shard, continued(progress, done, shards.num_samples))
                     stats = copy_shard(shard, out, taught.members)
                     failures += taught.failures
                     num_texts += taught.num_texts
@@ -291,10 +291,3 @@ def _copy_beside(folder: Path, out: Path) -> None:
     for name in BESIDE:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
-
-
-def _after(progress: Progress | None, before: int, total: int) -> Progress | None:
-    if progress is None:
-        return None
-    report = progress
-    return lambda done, of: report(before + done, total)

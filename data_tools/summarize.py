@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, PackageLoader
 from numpy.typing import NDArray
 
 from data_tools.chunks import cut_chunks, map_chunks
 from data_tools.histogram import Histogram, histogram
+from data_tools.page import write_page
 from data_tools.sample_facts import Facts, facts_of, thumbnail_of
 from vlkit.contracts import Progress
 from vlkit.data.records import Problems
@@ -180,10 +180,10 @@ def write_html(summary: Summary, path: str | Path) -> None:
     Raises:
         DataError: the page cannot be written.
     """
-    # autoescape for every template: the default goes by the suffix, and .j2 would not be escaped.
-    environment = Environment(loader=PackageLoader("data_tools"), autoescape=True)
     most = max(summary.labels.values(), default=1)
-    page = environment.get_template("summary.html.j2").render(
+    write_page(
+        path,
+        "summary.html.j2",
         rows=summary.rows(),
         histograms=[(title, counts.ranges(), counts.line()) for title, counts in summary.histograms().items()],
         repeated=[("Repeated images", summary.repeated_images), ("Repeated captions", summary.repeated_captions)],
@@ -192,13 +192,7 @@ def write_html(summary: Summary, path: str | Path) -> None:
         problems=summary.problems,
         thumbnails=summary.thumbnails,
         num_samples=summary.num_samples,
-        visible=one_line,
     )
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(page, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise DataError(f"Cannot write {path}: {error.strerror or error}.") from error
 
 
 def _num_duplicates(hashes: NDArray[np.uint64]) -> int:

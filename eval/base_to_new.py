@@ -127,54 +127,32 @@ class BaseToNewEvaluator(Evaluator):
         ceil(C/2) classes by label are base.
         """
         metrics: dict[str, float] = {}
-        rows: list[dict[str, object]] = []
         averages: dict[str, list[float]] = {"base": [], "new": []}
-        unreadable: list[tuple[str, str]] = []
+        found = _Found()
         for place, one in enumerate(_named(self.sets)):
             num_base = (len(one.class_names) + 1) // 2
             halves = {"base": range(num_base), "new": range(num_base, len(one.class_names))}
-            pool = self._embed(source, one.train)
-            test = self._embed(source, one.test)
-            unreadable += [*pool.unreadable, *test.unreadable]
+            pool = found.read(embed_labelled(source, one.train, self.batch_size, self.workers, None))
+            test = found.read(embed_labelled(source, one.test, self.batch_size, self.workers, None))
             base = _only(pool, halves["base"], f"{one.name}: base classes for training")
-            learned = [
-                self.learner.fit(source, _shots(base, self.shots, seed), one.class_names[:num_base], seed)
-                for seed in self.seeds
-            ]
+            learned = _learned(self.learner, source, base, one.class_names[:num_base], self.shots, self.seeds)
             for half, classes in halves.items():
                 part = _only(test, classes, f"{one.name}: {half} classes for testing")
-                names = one.class_names[classes.start : classes.stop]
-                hits = _mean_hits(learned, source, names, part)
-                metrics[f"{one.name}/{half}/accuracy@1"] = hits.mean().item()
-                averages[half].append(hits.mean().item())
-                rows += _rows(part, one, half, classes.start, hits)
+                accuracy = found.test(learned, source, one, half, classes, part)
+                metrics[f"{one.name}/{half}/accuracy@1"] = accuracy
+                averages[half].append(accuracy)
             if self.progress:
                 self.progress(place + 1, len(self.sets))
         base_mean, new_mean = (sum(values) / len(values) for values in averages.values())
         metrics |= {"base/accuracy@1": base_mean, "new/accuracy@1": new_mean}
         metrics["harmonic_mean"] = harmonic_mean(base_mean, new_mean)
-        return Evaluation(
-            metrics=metrics,
-            intervals={},
-            protocol=self._protocol(),
-            counts={"sets": len(self.sets), "images": len(rows), "unreadable_images": len(unreadable)},
-            per_item=pa.Table.from_pylist(rows),
-            figures={"unreadable_images": tuple(unreadable)},
-        )
-
-    def _embed(self, source: ClassifyingSource, records: Sequence[Record]) -> Labelled:
-        return embed_labelled(source, records, self.batch_size, self.workers, None)
-
-    def _protocol(self) -> dict[str, object]:
-        return {
-            "images": IMAGES,
-            **_learner_facts(self.learner),
+        protocol = {
             "shots": self.shots,
             "seeds": list(self.seeds),
             "classes": "first ceil(C/2) labels base, the rest new; each half tested among its own classes",
             "harmonic_mean": "of the averages over sets",
-            "parts": {one.name: one.parts for one in self.sets},
         }
+        return found.evaluation(metrics, self.learner, self.sets, protocol)
 
 
 @dataclass(frozen=True)
@@ -221,39 +199,21 @@ class CrossDatasetEvaluator(Evaluator):
         targets = _named([self.learn_on, *self.targets])
         if len(targets) < 2:
             raise ConfigError("There is no target data set; name at least one besides the source.")
-        drawn = embed_labelled(source, self.learn_on.train, self.batch_size, self.workers, None)
-        pool = _only(drawn, range(len(self.learn_on.class_names)), f"{self.learn_on.name}: classes for training")
-        learned = [
-            self.learner.fit(source, _shots(pool, self.shots, seed), self.learn_on.class_names, seed)
-            for seed in self.seeds
-        ]
+        found, names = _Found(), self.learn_on.class_names
+        drawn = found.read(embed_labelled(source, self.learn_on.train, self.batch_size, self.workers, None))
+        pool = _only(drawn, range(len(names)), f"{self.learn_on.name}: classes for training")
+        learned = _learned(self.learner, source, pool, names, self.shots, self.seeds)
         metrics: dict[str, float] = {}
-        rows: list[dict[str, object]] = []
-        unreadable = list(drawn.unreadable)
         for place, one in enumerate(targets):
-            test = embed_labelled(source, one.test, self.batch_size, self.workers, None)
-            unreadable += test.unreadable
-            hits = _mean_hits(learned, source, one.class_names, test)
-            metrics[f"{one.name}/accuracy@1"] = hits.mean().item()
-            rows += _rows(test, one, "source" if place == 0 else "target", 0, hits)
+            test = found.read(embed_labelled(source, one.test, self.batch_size, self.workers, None))
+            group, classes = "source" if place == 0 else "target", range(len(one.class_names))
+            metrics[f"{one.name}/accuracy@1"] = found.test(learned, source, one, group, classes, test)
             if self.progress:
                 self.progress(place + 1, len(targets))
         others = [metrics[f"{one.name}/accuracy@1"] for one in targets[1:]]
-        return Evaluation(
-            metrics=metrics | {"targets/accuracy@1": sum(others) / len(others)},
-            intervals={},
-            protocol={
-                "images": IMAGES,
-                **_learner_facts(self.learner),
-                "learned_on": self.learn_on.name,
-                "shots": self.shots,
-                "seeds": list(self.seeds),
-                "parts": {one.name: one.parts for one in targets},
-            },
-            counts={"sets": len(targets), "images": len(rows), "unreadable_images": len(unreadable)},
-            per_item=pa.Table.from_pylist(rows),
-            figures={"unreadable_images": tuple(unreadable)},
-        )
+        metrics["targets/accuracy@1"] = sum(others) / len(others)
+        protocol = {"learned_on": self.learn_on.name, "shots": self.shots, "seeds": list(self.seeds)}
+        return found.evaluation(metrics, self.learner, targets, protocol)
 
 
 def harmonic_mean(base: float, new: float) -> float:
@@ -285,18 +245,64 @@ def _only(images: Labelled, classes: range, what: str) -> Labelled:
     return chosen._replace(labels=chosen.labels - classes.start)
 
 
-def _shots(images: Labelled, shots: int, seed: int) -> Labelled:
-    rows, _ = draw_shots(images.labels, shots, seed)
-    return images.at(rows)
+def _learned(
+    learner: Learner,
+    source: ClassifyingSource,
+    images: Labelled,
+    class_names: Sequence[str],
+    shots: int,
+    seeds: Sequence[int],
+) -> list[Learned]:
+    """What is learned from the shots of each seed."""
+    drawn = ((images.at(draw_shots(images.labels, shots, seed)[0]), seed) for seed in seeds)
+    return [learner.fit(source, some, class_names, seed) for some, seed in drawn]
 
 
-def _mean_hits(learned: Sequence[Learned], source: ClassifyingSource, names: Sequence[str], part: Labelled) -> Tensor:
-    scores = [one.scores(source, names, part.features) for one in learned]
-    return torch.stack([hit_probability(label_ranks(one, part.labels), 1) for one in scores]).mean(0)
+class _Found:
+    """What both protocols write down as they go from set to set."""
 
+    def __init__(self) -> None:
+        self._rows: list[dict[str, object]] = []
+        self._unreadable: list[tuple[str, str]] = []
 
-def _rows(part: Labelled, one: GeneralisationSet, group: str, first: int, hits: Tensor) -> list[dict[str, object]]:
-    return [
-        {"set": one.name, "part": group, "key": record.key, "class": one.class_names[first + label], "hit@1": hit}
-        for record, label, hit in zip(part.records, part.labels.tolist(), hits.tolist(), strict=True)
-    ]
+    def read(self, images: Labelled) -> Labelled:
+        """The images; those that could not be read are noted."""
+        self._unreadable += images.unreadable
+        return images
+
+    def test(
+        self,
+        learned: Sequence[Learned],
+        source: ClassifyingSource,
+        one: GeneralisationSet,
+        group: str,
+        classes: range,
+        images: Labelled,
+    ) -> float:
+        """The accuracy among some classes of a set, from the first of which labels are counted; mean over seeds."""
+        names = one.class_names[classes.start : classes.stop]
+        scores = [each.scores(source, names, images.features) for each in learned]
+        hits = torch.stack([hit_probability(label_ranks(of_seed, images.labels), 1) for of_seed in scores]).mean(0)
+        self._rows += [
+            {"set": one.name, "part": group, "key": record.key, "class": names[label], "hit@1": hit}
+            for record, label, hit in zip(images.records, images.labels.tolist(), hits.tolist(), strict=True)
+        ]
+        return hits.mean().item()
+
+    def evaluation(
+        self,
+        metrics: dict[str, float],
+        learner: Learner,
+        sets: Sequence[GeneralisationSet],
+        protocol: dict[str, object],
+    ) -> Evaluation:
+        """All of it, with the facts of the protocol."""
+        parts = {one.name: one.parts for one in sets}
+        return Evaluation(
+            metrics=metrics,
+            intervals={},
+            protocol={"images": IMAGES, **_learner_facts(learner), **protocol, "parts": parts},
+            counts={"sets": len(sets), "images": len(self._rows), "unreadable_images": len(self._unreadable)},
+            per_item=pa.Table.from_pylist(self._rows),
+            figures={"unreadable_images": tuple(self._unreadable)},
+        )

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from eval.features import IMAGES, EmbeddingSource, check_finite, embed_records, parts_of
+from eval.features import IMAGES, EmbeddingSource, embed_records, embed_texts, parts_of
 from eval.metrics import bootstrap_interval
 from eval.metrics.ranking import TIE_TOLERANCE
 from vlkit.contracts import Evaluation, Evaluator, Progress
@@ -124,8 +124,7 @@ class BlindPairsEvaluator(Evaluator):
         texts = [self.template.replace("{}", text) for pair in self.data.pairs for text in pair.statements]
         of_images, of_texts = parts_of(self.progress, len(records), len(texts))
         images = embed_records(source, records, self.batch_size, self.workers, of_images)
-        text = source.embed_texts(texts, progress=of_texts)
-        check_finite(text, texts, "texts")
+        text = embed_texts(source, texts, of_texts)
         row = {record.key: place for place, record in enumerate(images.records)}
         kept = [n for n, pair in enumerate(self.data.pairs) if all(image.key in row for image in pair.images)]
         if not kept:

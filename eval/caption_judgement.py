@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eval.features import IMAGES, EmbeddingSource, check_finite, embed_records, parts_of
+from eval.features import IMAGES, EmbeddedPairs, EmbeddingSource, embed_pairs
 from eval.metrics import kendall_tau
 from vlkit.contracts import Evaluation, Evaluator, Progress
 from vlkit.data.records import Record
@@ -129,27 +129,19 @@ class CaptionJudgementEvaluator(Evaluator):
             DataError: no rated image could be read, or people gave all captions of a set the same rating.
             GalleryError: features that are not finite.
         """
-        records = list({record.key: record for one in self.sets for record in one.records}.values())
-        texts = list(
-            dict.fromkeys(
-                text for one in self.sets for item in one.judgements for text in (item.caption, *item.references)
-            )
-        )
-        of_images, of_texts = parts_of(self.progress, len(records), len(texts))
-        images = embed_records(source, records, self.batch_size, self.workers, of_images)
-        features = source.embed_texts([PREFIX + text for text in texts], progress=of_texts)
-        check_finite(features, texts, "texts")
-        image_row = {record.key: row for row, record in enumerate(images.records)}
-        text_row = {text: row for row, text in enumerate(texts)}
+        records = (record for one in self.sets for record in one.records)
+        texts = (text for one in self.sets for item in one.judgements for text in (item.caption, *item.references))
+        known = embed_pairs(source, records, texts, self.batch_size, self.workers, self.progress, PREFIX)
+        images = known.images
         metrics: dict[str, float] = {}
         intervals: dict[str, tuple[float, float]] = {}
-        counts = {"images": len(images.records), "texts": len(texts), "unreadable_images": len(images.unreadable)}
+        counts = {"images": len(images.records), "texts": len(known.texts), "unreadable_images": len(images.unreadable)}
         tables = []
         for one in self.sets:
-            rated = [item for item in one.judgements if item.key in image_row]
-            pairs = _score(rated, images.features, features, image_row, text_row)
+            rated = [item for item in one.judgements if item.key in known.image_row]
+            pairs = _score(rated, known)
             ratings = np.array([item.rating for item in rated])
-            units = np.unique([image_row[item.key] for item in rated], return_inverse=True)[1]
+            units = np.unique([known.image_row[item.key] for item in rated], return_inverse=True)[1]
             if len(np.unique(ratings)) < 2:
                 raise DataError(f"All {len(rated)} ratings of set {one.name} are equal; there is no order to compare.")
             for name, scores in pairs.items():
@@ -285,14 +277,12 @@ def _folded(text: str) -> str:
     return " ".join(text.split())
 
 
-def _score(
-    rated: Sequence[Judgement], images: Tensor, texts: Tensor, image_row: dict[str, int], text_row: dict[str, int]
-) -> dict[str, NDArray[np.float64]]:
-    image = images[[image_row[item.key] for item in rated]]
-    candidate = texts[[text_row[item.caption] for item in rated]]
+def _score(rated: Sequence[Judgement], known: EmbeddedPairs) -> dict[str, NDArray[np.float64]]:
+    image = known.images.features[[known.image_row[item.key] for item in rated]]
+    candidate = known.texts[[known.text_row[item.caption] for item in rated]]
     scores = {"clip_score": clip_score(image, candidate).numpy()}
     if all(item.references for item in rated):
-        references = [texts[[text_row[text] for text in item.references]] for item in rated]
+        references = [known.texts[[known.text_row[text] for text in item.references]] for item in rated]
         scores["ref_clip_score"] = ref_clip_score(image, candidate, references).numpy()
     return scores
 

@@ -11,13 +11,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from eval.features import IMAGES, EmbeddingSource, check_finite, embed_records, parts_of
+from eval.features import IMAGES, EmbeddingSource, embed_records, parts_of
 from eval.metrics import cluster_accuracy
 from eval.rate_reduction import CppSettings, best_number, k_means, membership, spectral_clusters, train_head
 from eval.vocabulary_free import name_columns
 from vlkit.contracts import Evaluation, Evaluator, Progress
 from vlkit.data.records import Record
 from vlkit.errors import ConfigError, DataError
+from vlkit.features.feature_set import check_finite
 
 # Images whose memberships are held at once: 36 MB of float32.
 _POOL = 3000

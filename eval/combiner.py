@@ -218,11 +218,6 @@ def save_combiner(folder: str | Path, combiner: Combiner, settings: CombinerSett
         raise DataError(f"Cannot write the combiner to {place}: {error.strerror or error}.") from error
 
 
-def is_combiner(folder: str | Path) -> bool:
-    """Whether `save_combiner` wrote there."""
-    return (Path(folder) / _RECORD).is_file()
-
-
 def load_combiner(folder: str | Path, identity: str) -> Combiner:
     """What `save_combiner` wrote, for the same model.
 

@@ -1,6 +1,6 @@
 """Two results side by side: what changes from the first to the second, with paired bootstrap over the same items.
 
-    comparison = compare_results(first, second)      # of `load_result`
+    comparison = compare_results(first, second)      # of `load_results`
     comparison.rows[0].difference, .low, .high, .p_value
 
 Refused where the two were not measured the same way on the same items: the message shows what differs.
@@ -18,13 +18,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from eval.fingerprints import comparable, naming_of
 from eval.metrics import paired_difference
 from eval.runner import suite_results
 from vlkit.errors import DataError
 
-# What may differ between two results that are compared: add-ons with what follows from them, what is done to masks
-# afterwards, and the softmax over a model's own scale.
-_FREE = {"probability", "addons", "pipeline", "needs", "transductive", "stream", "edits", "post_processing"}
 # Per-item columns that are a metric under another name.
 _ALIASES = {"hit": ("accuracy", "hits", "pointing_accuracy")}
 
@@ -130,18 +128,20 @@ def compare_results(first: Result, second: Result, seed: int = 0) -> Comparison:
 
 
 def _require_same(first: Result, second: Result) -> None:
-    sides = [{"task": r.line["task"], "split": r.line["split"], **r.line["protocol"]} for r in (first, second)]
+    sides = [comparable(result.line) for result in (first, second)]
+    if sides[0]["task"] != sides[1]["task"]:  # hardly anything else of theirs can be the same
+        sides = [{key: side[key] for key in ("task", "name") if key in side} for side in sides]
     differing = [
         f"{key}: {sides[0].get(key, 'none')} against {sides[1].get(key, 'none')}"
         for key in dict.fromkeys([*sides[0], *sides[1]])
-        if key not in _FREE and key != "fingerprint" and sides[0].get(key) != sides[1].get(key)
+        if sides[0].get(key) != sides[1].get(key)
     ]
     if differing:
         raise DataError(
             f"{first.title} and {second.title} were measured under different protocols, so their numbers cannot be "
             f"compared: {'; '.join(differing)}. Measure both under one."
         )
-    keys = [_identity(result.items) for result in (first, second)]
+    keys = [naming_of(result.items) for result in (first, second)]
     if keys[0] != keys[1]:
         only = [sorted(set(keys[side]) - set(keys[1 - side])) for side in (0, 1)]
         where = ("in the first", "in the second")
@@ -153,11 +153,12 @@ def _require_same(first: Result, second: Result) -> None:
             f"{first.title} and {second.title} are about different items: {len(keys[0])} and {len(keys[1])}, "
             f"{', '.join(shown)}. Measure both on the same data, without unreadable images."
         )
-
-
-def _identity(items: pa.Table) -> list[tuple[str, ...]]:
-    columns = [name for name in ("direction", "class", "caption", "key") if name in items.column_names]
-    return list(zip(*([str(cell) for cell in items[name].to_pylist()] for name in columns), strict=True))
+    hashes = [result.line["protocol"].get("data_hash") for result in (first, second)]
+    if hashes[0] != hashes[1]:
+        raise DataError(
+            f"{first.title} and {second.title} are about items of the same names with other captions or labels "
+            f"(data hash {hashes[0]} against {hashes[1]}). Measure both on the same data."
+        )
 
 
 def _values(first: Result, second: Result) -> list[tuple[str, Tensor, Tensor, Tensor | None]]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from eval.features import IMAGES, check_finite, embed_records, parts_of
+from eval.features import IMAGES, embed_records, embed_texts, parts_of
 from eval.metrics import PositivePositions, bootstrap_interval, positive_positions
 from vlkit.addons.base import Merge
 from vlkit.addons.merges.arithmetic import Arithmetic
@@ -165,8 +165,7 @@ class ComposedRetrievalEvaluator(Evaluator):
         of_gallery, of_queries, of_texts = parts_of(self.progress, len(self.data.gallery), len(asked), len(texts))
         gallery = embed_records(source, self.data.gallery, self.batch_size, self.workers, of_gallery)
         images = embed_records(source, asked, self.batch_size, self.workers, of_queries)
-        text = source.embed_texts(texts, progress=of_texts)
-        check_finite(text, texts, "texts")
+        text = embed_texts(source, texts, of_texts)
         place = {record.key: row for row, record in enumerate(gallery.records)}
         image_row = {record.key: row for row, record in enumerate(images.records)}
         text_row = {one: row for row, one in enumerate(texts)}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eval.combiner import Combiner
 from eval.crops import Crop, embed_crops, genecis_cut
-from eval.features import IMAGES, EmbeddingSource, check_finite, parts_of
+from eval.features import IMAGES, EmbeddingSource, embed_texts, parts_of
 from eval.metrics import bootstrap_interval
 from eval.metrics.ranking import TIE_TOLERANCE
 from vlkit.contracts import Evaluation, Evaluator, Progress
@@ -98,8 +98,7 @@ class ConditionalRetrievalEvaluator(Evaluator):
         texts = list(dict.fromkeys(query.condition for query in self.data.queries))
         of_images, of_texts = parts_of(self.progress, len({crop.key for crop in crops}), len(texts))
         images = embed_crops(source, crops, self.batch_size, self.workers, of_images, genecis_cut)
-        text = source.embed_texts(texts, progress=of_texts)
-        check_finite(text, texts, "texts")
+        text = embed_texts(source, texts, of_texts)
         text_row = {one: row for row, one in enumerate(texts)}
         kept = [
             query

@@ -12,11 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from eval.coco_instances import Box
-from eval.features import EmbeddingSource, check_finite
+from eval.features import EmbeddingSource
 from vlkit.contracts import Progress
 from vlkit.data.images import read_image
 from vlkit.data.records import ImageRef, Record
 from vlkit.errors import DataError
+from vlkit.features.feature_set import check_finite
 
 # Crops held as pixels at once.
 _AT_ONCE = 256

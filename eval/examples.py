@@ -8,6 +8,7 @@ from torch import Tensor
 
 from eval.metrics import RetrievalRanks, expected_rank
 from vlkit.data.records import Record
+from vlkit.index.faiss_index import EmbeddingIndex
 
 
 class Found(NamedTuple):
@@ -60,24 +61,31 @@ def choose_examples(
     """
     captions = [caption for record in records for caption in record.captions]
     examples = []
-    for query in _spread(expected_rank(ranks.image_to_text), num_examples):
-        scores, best = (text @ image[query]).topk(min(num_found, len(text)))
+    of_images, of_texts = expected_rank(ranks.image_to_text), expected_rank(ranks.text_to_image)
+    queries = _spread(of_images, num_examples)
+    for query, nearest in zip(queries, _nearest(image[queries], text, num_found), strict=True):
         found = tuple(
-            Found(records[int(owners[row])], captions[row], score, int(owners[row]) == query)
-            for score, row in zip(scores.tolist(), best.tolist(), strict=True)
+            Found(records[int(owners[row])], captions[row], score, int(owners[row]) == query) for row, score in nearest
         )
-        rank = expected_rank(ranks.image_to_text)[query].item()
-        examples.append(RetrievalExample("image_to_text", records[query], None, rank, found))
-    for query in _spread(expected_rank(ranks.text_to_image), num_examples):
+        examples.append(RetrievalExample("image_to_text", records[query], None, of_images[query].item(), found))
+    queries = _spread(of_texts, num_examples)
+    for query, nearest in zip(queries, _nearest(text[queries], image, num_found), strict=True):
         own = int(owners[query])
-        scores, best = (image @ text[query]).topk(min(num_found, len(image)))
-        found = tuple(
-            Found(records[row], None, score, row == own)
-            for score, row in zip(scores.tolist(), best.tolist(), strict=True)
-        )
-        rank = expected_rank(ranks.text_to_image)[query].item()
-        examples.append(RetrievalExample("text_to_image", records[own], captions[query], rank, found))
+        found = tuple(Found(records[row], None, score, row == own) for row, score in nearest)
+        examples.append(RetrievalExample("text_to_image", records[own], captions[query], of_texts[query].item(), found))
     return tuple(examples)
+
+
+def _nearest(queries: Tensor, gallery: Tensor, k: int) -> list[list[tuple[int, float]]]:
+    """Of each query the k nearest of a gallery, row and score, best first."""
+    if not len(queries):
+        return []
+    index = EmbeddingIndex.build(gallery, [str(row) for row in range(len(gallery))], "flat")
+    scores, ids = index.search(queries, k)
+    return [
+        [(int(row), score) for row, score in zip(of_query, own, strict=True)]
+        for of_query, own in zip(ids, scores.tolist(), strict=True)
+    ]
 
 
 def _spread(rank: Tensor, count: int) -> list[int]:

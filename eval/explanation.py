@@ -14,8 +14,8 @@ from torch import Tensor
 
 from eval.coco_instances import Scene, Scenes
 from eval.examples import HeatExample
-from eval.features import Unreadable, over_items
-from eval.heat import HeatMaps, check_method, class_vectors, heat_example
+from eval.features import Unreadable, over_photographs
+from eval.heat import WHOLE_IMAGES, HeatMaps, check_method, class_vectors, heat_example
 from eval.metrics import bootstrap_interval, label_average_precision, mean_iou
 from vlkit.contracts import Evaluation, Evaluator, Progress
 from vlkit.errors import DataError
@@ -87,11 +87,9 @@ class ExplanationEvaluator(Evaluator):
         """
         vectors = class_vectors(source, self.scenes.names, self.templates)
         work = _Explaining(vectors, self.method, source.logit_scale, self.scenes.names, self.num_examples)
-        found = over_items(source, work, list(enumerate(self.scenes.images)), self.progress)
-        rows = [one for one in found if isinstance(one, _Row)]
-        unreadable = tuple(one for one in found if isinstance(one, Unreadable))
+        found, unreadable = over_photographs(source, work, self.scenes.images, self.progress)
+        rows = [one for one in found if one is not None]
         examples = tuple(row.example for row in rows if row.example is not None)
-        without = sum(one is None for one in found)
         if not rows:
             raise DataError(f"None of the {len(self.scenes.images)} photographs could be read.")
         values = torch.tensor([row.values for row in rows], dtype=torch.float64)
@@ -102,7 +100,7 @@ class ExplanationEvaluator(Evaluator):
             metrics={"mean_iou": mean_iou(confusion)} | dict(zip(keys, values.mean(0).tolist(), strict=True)),
             intervals={key: (low[n].item(), high[n].item()) for n, key in enumerate(keys)},
             protocol={
-                "images": "the whole photograph, resized to the model's square; EXIF ignored",
+                "images": WHOLE_IMAGES,
                 "method": self.method,
                 "templates": self.templates,
                 "thing": "the category that fills most of the photograph",
@@ -113,7 +111,7 @@ class ExplanationEvaluator(Evaluator):
             counts={
                 "images": len(rows),
                 "classes": len(self.scenes.names),
-                "photographs_of_thin_things": without,
+                "photographs_of_thin_things": len(found) - len(rows),
                 "unreadable_images": len(unreadable),
             },
             per_item=pa.table(

@@ -1,14 +1,15 @@
-"""What an evaluator asks of a model, and the check of what it gets."""
+"""What an evaluator asks of a model, and how it asks: images that may be broken, texts, both at once."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
 from vlkit.contracts import Progress
 from vlkit.data.records import Record
-from vlkit.errors import DataError, GalleryError
+from vlkit.errors import DataError
+from vlkit.features.feature_set import check_finite
 from vlkit.features.source import FeatureSource
 from vlkit.models.embedder import Embedder
 
@@ -111,6 +112,18 @@ class Unreadable(NamedTuple):
     reason: str
 
 
+def over_photographs(
+    source: FeatureSource,
+    work: Callable[[Embedder, tuple[int, Item]], Found | Unreadable],
+    photographs: Sequence[Item],
+    progress: Progress | None = None,
+) -> tuple[list[Found], tuple[Unreadable, ...]]:
+    """`work(model, (number, photograph))` for each, see `over_items`: what came of them, and what could not be read."""
+    found = over_items(source, work, list(enumerate(photographs)), progress)
+    unreadable = tuple(one for one in found if isinstance(one, Unreadable))
+    return [one for one in found if not isinstance(one, Unreadable)], unreadable
+
+
 class EmbeddedRecords(NamedTuple):
     """Records with their features, and those left out."""
 
@@ -129,32 +142,73 @@ def embed_records(
         GalleryError: features that are not finite.
     """
     read = source.embed_images_where_readable(records, batch_size=batch_size, workers=workers, progress=progress)
-    unreadable = tuple((records[position].key, reason) for position, reason in read.failures)
-    if not read.kept:
-        first = f" First: {unreadable[0][0]}: {unreadable[0][1]}" if unreadable else ""
-        raise DataError(f"None of the {len(records)} images could be read.{first}")
-    kept = tuple(records[position] for position in read.kept)
+    kept, unreadable = readable(records, read.kept, read.failures)
     check_finite(read.embeddings, [record.key for record in kept], "images")
     return EmbeddedRecords(kept, read.embeddings, unreadable)
 
 
-def check_finite(features: Tensor, names: Sequence[str], what: str) -> None:
-    """Refuse features from which no ranking follows.
-
-    Args:
-        features: (n,D).
-        names: (n,) shown for the first broken row.
-        what: "images" or "texts".
+def embed_texts(
+    source: EmbeddingSource, texts: Sequence[str], progress: Progress | None = None, prefix: str = ""
+) -> Tensor:
+    """(M,D) features of texts, each behind the prefix.
 
     Raises:
-        GalleryError: a feature is NaN or infinite.
+        GalleryError: features that are not finite.
     """
-    broken = (~features.isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if broken:
-        raise GalleryError(
-            f"The model gives features that are not finite for {len(broken)} of {len(features)} {what} "
-            f"(first: {names[broken[0]]!r}). Its weights are damaged or its training diverged; use another checkpoint."
-        )
+    features = source.embed_texts([prefix + text for text in texts] if prefix else texts, progress=progress)
+    check_finite(features, texts, "texts")
+    return features
+
+
+class EmbeddedPairs(NamedTuple):
+    """Images and texts, each embedded once however often it occurs, and which row of the features it has."""
+
+    images: EmbeddedRecords
+    texts: Tensor  # (M,D)
+    image_row: dict[str, int]  # by key; only those that could be read
+    text_row: dict[str, int]
+
+
+def embed_pairs(
+    source: EmbeddingSource,
+    records: Iterable[Record],
+    texts: Iterable[str],
+    batch_size: int,
+    workers: int | None,
+    progress: Progress | None,
+    prefix: str = "",
+) -> EmbeddedPairs:
+    """Features of images and of texts behind the prefix.
+
+    Raises:
+        DataError: no image could be read.
+        GalleryError: features that are not finite.
+    """
+    distinct = list({record.key: record for record in records}.values())
+    texts = list(dict.fromkeys(texts))
+    of_images, of_texts = parts_of(progress, len(distinct), len(texts))
+    images = embed_records(source, distinct, batch_size, workers, of_images)
+    return EmbeddedPairs(
+        images,
+        embed_texts(source, texts, of_texts, prefix),
+        {record.key: row for row, record in enumerate(images.records)},
+        {text: row for row, text in enumerate(texts)},
+    )
+
+
+def readable(
+    records: Sequence[Record], kept: Sequence[int], failures: Sequence[tuple[int, str]]
+) -> tuple[tuple[Record, ...], tuple[tuple[str, str], ...]]:
+    """The records that could be read, by their positions, and key and reason of the others.
+
+    Raises:
+        DataError: no image could be read.
+    """
+    unreadable = tuple((records[position].key, reason) for position, reason in failures)
+    if not kept:
+        first = f" First: {unreadable[0][0]}: {unreadable[0][1]}" if unreadable else ""
+        raise DataError(f"None of the {len(records)} images could be read.{first}")
+    return tuple(records[position] for position in kept), unreadable
 
 
 def parts_of(progress: Progress | None, *sizes: int) -> list[Progress | None]:

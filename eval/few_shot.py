@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from eval.features import IMAGES, EmbeddingSource, parts_of
-from eval.labelled import Labelled, Parts, check_labels, draw_shots, embed_labelled, require_classes
+from eval.labelled import Labelled, Parts, check_parts, draw_shots, embed_labelled, require_classes
 from eval.metrics import bootstrap_interval, hit_probability, label_ranks
 from eval.probe import fit_probe
 from vlkit.contracts import Evaluation, Evaluator, Progress
-from vlkit.errors import ConfigError, DataError
+from vlkit.errors import ConfigError
 
 SHOTS = (1, 2, 4, 8, 16)
 SEEDS = (1, 2, 3)
@@ -50,13 +50,9 @@ class FewShotEvaluator(Evaluator):
             DataError: a part without images, or a label without a name.
             ConfigError: no shots or seeds, or fewer than one shot.
         """
-        if not self.parts.train or not self.parts.test:
-            raise DataError(
-                f"{len(self.parts.train)} train and {len(self.parts.test)} test images; at least one of each is needed."
-            )
+        check_parts(self.parts, len(self.class_names))
         if not self.shots or not self.seeds or min(self.shots) < 1:
             raise ConfigError(f"shots {self.shots}, seeds {self.seeds}: give at least one of each, shots from 1.")
-        check_labels([*self.parts.train, *self.parts.val, *self.parts.test], len(self.class_names))
 
     def run(self, source: EmbeddingSource, pipeline: None = None) -> Evaluation:
         """Embed once, then draw, fit and test for every number of shots and every seed.

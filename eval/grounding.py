@@ -13,7 +13,7 @@ from PIL import Image
 
 from eval.coco_instances import Box
 from eval.crops import Crop, Cutter, embed_crops, plain_cut
-from eval.features import IMAGES, check_finite, parts_of
+from eval.features import IMAGES, embed_texts, parts_of
 from eval.metrics import bootstrap_interval, hit_probability, label_ranks
 from vlkit.addons.inputs.red_circle import VIEWS, RedCircle
 from vlkit.addons.inputs.red_circle import View as MarkedView
@@ -109,8 +109,7 @@ class ReferringEvaluator(Evaluator):
             embed_crops(source, crops, self.batch_size, self.workers, report, self._cutter(view, source))
             for view, report in zip(self.views, reports, strict=True)
         ]
-        text = source.embed_texts(texts)
-        check_finite(text, texts, "texts")
+        text = embed_texts(source, texts)
         generator = torch.Generator().manual_seed(self.seed)
         others = torch.randperm(len(texts), generator=generator)[: self.num_others]
         mean = text[others].mean(0) if len(others) else torch.zeros(text.shape[1])

@@ -20,6 +20,8 @@ from vlkit.models.dual_encoder import DualEncoder
 
 PATCHES, CENTRE = "patches", "centre"
 METHODS = (*EXPLAINERS, PATCHES, CENTRE)
+# How `HeatMaps.pixels` reads photographs, for the record.
+WHOLE_IMAGES = "the whole photograph, resized to the model's square; EXIF ignored"
 _MOST_CELLS = 16
 
 

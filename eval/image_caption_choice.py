@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from eval.features import IMAGES, EmbeddingSource, check_finite, embed_records, parts_of
+from eval.features import IMAGES, EmbeddingSource, embed_pairs
 from eval.metrics import bootstrap_interval
 from eval.metrics.ranking import TIE_TOLERANCE
 from vlkit.contracts import Evaluation, Evaluator, Progress
@@ -92,22 +92,18 @@ class ImageCaptionChoiceEvaluator(Evaluator):
         Source: Thrush et al. 2022 (Winoground), arXiv:2204.03162, equations 1 to 3; Hsieh et al. 2023 (SugarCrepe),
         arXiv:2306.14610; CLIP_benchmark 1.6.1, metrics/image_caption_selection.py.
         """
-        records = list({image.key: image for one in self.instances for image in one.images}.values())
-        texts = list(dict.fromkeys(text for one in self.instances for text in one.captions))
-        of_images, of_texts = parts_of(self.progress, len(records), len(texts))
-        images = embed_records(source, records, self.batch_size, self.workers, of_images)
-        text = source.embed_texts(texts, progress=of_texts)
-        check_finite(text, texts, "texts")
-        image_row = {record.key: row for row, record in enumerate(images.records)}
-        text_row = {caption: row for row, caption in enumerate(texts)}
-        kept = [one for one in self.instances if all(image.key in image_row for image in one.images)]
+        records = (image for one in self.instances for image in one.images)
+        texts = (text for one in self.instances for text in one.captions)
+        known = embed_pairs(source, records, texts, self.batch_size, self.workers, self.progress)
+        images = known.images
+        kept = [one for one in self.instances if all(image.key in known.image_row for image in one.images)]
         if not kept:
             raise DataError("No instance has all of its images.")
         hits = torch.tensor(
             [
                 choice_hits(
-                    images.features[[image_row[image.key] for image in one.images]]
-                    @ text[[text_row[caption] for caption in one.captions]].T
+                    images.features[[known.image_row[image.key] for image in one.images]]
+                    @ known.texts[[known.text_row[caption] for caption in one.captions]].T
                 )
                 for one in kept
             ],
@@ -132,7 +128,7 @@ class ImageCaptionChoiceEvaluator(Evaluator):
             counts={
                 "instances": len(kept),
                 "images": len(images.records),
-                "texts": len(texts),
+                "texts": len(known.texts),
                 "unreadable_images": len(images.unreadable),
                 "instances_of_unreadable_images": len(self.instances) - len(kept),
             },

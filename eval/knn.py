@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from eval.features import IMAGES, EmbeddingSource, parts_of
-from eval.labelled import Parts, check_labels, embed_labelled
+from eval.labelled import Parts, check_parts, embed_labelled
 from eval.metrics import bootstrap_interval, hit_probability, label_ranks
 from vlkit.contracts import Evaluation, Evaluator, Progress
-from vlkit.errors import ConfigError, DataError, GalleryError
+from vlkit.errors import ConfigError, GalleryError
 from vlkit.index.faiss_index import EmbeddingIndex
 
 _ROWS = 4096
@@ -51,13 +51,9 @@ class KnnEvaluator(Evaluator):
             DataError: a part without images, or a label without a name.
             ConfigError: a k below 1 or a temperature that is not positive.
         """
-        if not self.parts.train or not self.parts.test:
-            raise DataError(
-                f"{len(self.parts.train)} train and {len(self.parts.test)} test images; at least one of each is needed."
-            )
+        check_parts(self.parts, len(self.class_names))
         if not self.ks or min(self.ks) < 1 or not self.temperature > 0:
             raise ConfigError(f"k {self.ks}, temperature {self.temperature}: k is at least 1, the temperature above 0.")
-        check_labels([*self.parts.train, *self.parts.val, *self.parts.test], len(self.class_names))
 
     def run(self, source: EmbeddingSource, pipeline: None = None) -> Evaluation:
         """Embed, search, vote.

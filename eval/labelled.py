@@ -124,6 +124,17 @@ def embed_labelled(
     return Labelled(read.records, read.features, torch.tensor([r.label for r in read.records]), read.unreadable)
 
 
+def check_parts(parts: Parts, num_classes: int) -> None:
+    """Refuse parts that nothing can be learned from or tested on.
+
+    Raises:
+        DataError: a part without images, or a label without a name.
+    """
+    if not parts.train or not parts.test:
+        raise DataError(f"{len(parts.train)} train and {len(parts.test)} test images; at least one of each is needed.")
+    check_labels([*parts.train, *parts.val, *parts.test], num_classes)
+
+
 def check_labels(records: Sequence[Record], num_classes: int) -> None:
     """Refuse labels beyond the class names.
 

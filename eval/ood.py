@@ -68,10 +68,11 @@ class OodEvaluator(Evaluator):
             ConfigError: no outside set, one of an unknown kind, two of one name, or fewer than two classes.
         """
         names = [(one.kind, one.name) for one in self.outside]
-        if not names or len(set(names)) != len(names) or any(kind not in KINDS for kind, _ in names):
-            raise ConfigError(
-                f"Outside sets {names}: expected at least one, each of kind {' | '.join(KINDS)} with its own name."
-            )
+        if not names:
+            raise ConfigError("There is no outside set. Give at least one with --near, --far or --shifted.")
+        if len(set(names)) != len(names) or any(kind not in KINDS for kind, _ in names):
+            listed = ", ".join(f"{kind} {name}" for kind, name in names)
+            raise ConfigError(f"Outside sets are {listed}; each must be {' | '.join(KINDS)} and have its own name.")
         if not self.records or not all(one.records for one in self.outside):
             raise DataError("A set has no image; both the known and every outside set need some.")
         if len(check_classes([parse_class(name) for name in self.class_names])) < 2:

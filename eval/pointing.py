@@ -12,8 +12,8 @@ from torch import Tensor
 
 from eval.coco_instances import Box, Scene, Scenes
 from eval.examples import HeatExample
-from eval.features import Unreadable, over_items
-from eval.heat import HeatMaps, check_method, class_vectors, heat_example
+from eval.features import Unreadable, over_photographs
+from eval.heat import WHOLE_IMAGES, HeatMaps, check_method, class_vectors, heat_example
 from eval.metrics import bootstrap_interval
 from vlkit.contracts import Evaluation, Evaluator, Progress
 from vlkit.errors import ConfigError, DataError
@@ -92,10 +92,9 @@ class PointingEvaluator(Evaluator):
         """
         vectors = class_vectors(source, self.scenes.names, self.templates)
         work = _Pointing(vectors, self.method, self.tolerance, self.scenes.names, self.num_examples)
-        found = over_items(source, work, list(enumerate(self.scenes.images)), self.progress)
-        rows = [row for one in found if isinstance(one, _Pointed) for row in one.rows]
-        examples = tuple(one.example for one in found if isinstance(one, _Pointed) and one.example is not None)
-        unreadable = tuple(one for one in found if isinstance(one, Unreadable))
+        found, unreadable = over_photographs(source, work, self.scenes.images, self.progress)
+        rows = [row for one in found for row in one.rows]
+        examples = tuple(one.example for one in found if one.example is not None)
         if not rows:
             raise DataError(f"None of the {len(self.scenes.images)} photographs could be read.")
         hits = torch.tensor([row.hit for row in rows], dtype=torch.float64)
@@ -110,7 +109,7 @@ class PointingEvaluator(Evaluator):
             },
             intervals={"hits": (low[0].item(), high[0].item())},
             protocol={
-                "images": "the whole photograph, resized to the model's square; EXIF ignored",
+                "images": WHOLE_IMAGES,
                 "method": self.method,
                 "templates": self.templates,
                 "tolerance": self.tolerance,

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from unicodedata import east_asian_width
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
@@ -173,6 +174,14 @@ class Matrix:
     def names(self) -> list[str]:
         """Names of the drawn classes."""
         return [one_line(self.class_names[index], 40) for index in self.shown]
+
+    @property
+    def margin(self) -> float:
+        """Room for the longest name beside the matrix, in cells: wide letters take three quarters of one."""
+        widths = [
+            sum(0.78 if east_asian_width(letter) in "WF" else 0.52 for letter in name[:24]) for name in self.names
+        ]
+        return round(max(widths, default=0.0) + 0.8, 2)
 
     @property
     def cells(self) -> list[Cell]:

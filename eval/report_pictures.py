@@ -13,7 +13,7 @@ from eval.report import Card, Gallery, HeatMap, HeatMaps
 from vlkit.escape import one_line
 
 _MOST_QUERIES = 12  # of a gallery: a page of a paper holds no more
-_MOST_ANSWERS = 5
+_MOST_ANSWERS = 6  # five, and the right one where it is not among them
 _MAPS_A_ROW = 4
 # In pixels: a cell of the sheet, what a thumbnail may take of it, and the space around.
 _CELL, _PICTURE, _SPACE = (184, 214), (168, 160), 8

@@ -1,7 +1,7 @@
 """The sections that show one evaluation: numbers, what was left out, the confusion matrix, examples."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
@@ -40,7 +40,8 @@ def evaluation_sections(evaluation: Evaluation) -> list[Section]:
     if figures.get("unreadable_images"):
         rows = [(one_line(key), one_line(reason)) for key, reason in figures["unreadable_images"][:MAX_LISTED]]
         sections.append(Table("Unreadable images", ["image", "what is wrong"], rows, "Left out of every number."))
-    sections.append(Table("Protocol", ["what", "how"], [(key, str(value)) for key, value in _facts(evaluation)]))
+    rows = [(one_line(key.replace("_", " ")), one_line(in_words(value))) for key, value in _facts(evaluation)]
+    sections.append(Table("Protocol", ["what", "how"], rows))
     return sections
 
 
@@ -116,7 +117,11 @@ def _retrieved(example: RetrievalExample) -> Query:
     rank = f"right answer at rank {example.rank:g}"
     if example.direction == "image_to_text":
         asked = Card(image=_thumbnail(example), note=f"{one_line(example.record.key)}; {rank}")
-        return Query(asked, [_answer(found) for found in example.found])
+        shown = [_answer(found) for found in example.found]
+        if not any(found.right for found in example.found):
+            own = " · ".join(one_line(caption) for caption in example.record.captions)
+            shown.append(Card(text=own, note=f"the image's own captions, the first of them at rank {example.rank:g}"))
+        return Query(asked, shown)
     answers = [_answer(found) for found in example.found]
     if not any(found.right for found in example.found):
         answers.append(Card(image=_thumbnail(example), note=f"the caption's own image, rank {example.rank:g}"))
@@ -139,6 +144,17 @@ def _thumbnail(item: RetrievalExample | ClassifiedExample | HeatExample | Found)
 
 def _shown(key: str, value: float) -> str:
     return f"{value:g}" if key.endswith("rank") else f"{value:.2%}"
+
+
+def in_words(value: object) -> str:
+    """A setting as people write it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {in_words(one)}" for key, one in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(in_words(one) for one in value) or "none"
+    return "none" if value is None or value == "" else str(value)
 
 
 def _facts(evaluation: Evaluation) -> list[tuple[str, object]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eval.examples import RetrievalExample, choose_examples
-from eval.features import IMAGES, EmbeddedRecords, EmbeddingSource, check_finite, embed_records, parts_of
+from eval.features import IMAGES, EmbeddedRecords, EmbeddingSource, embed_records, embed_texts, parts_of
 from eval.metrics import (
     RetrievalRanks,
     SameLabel,
@@ -188,8 +188,7 @@ def _texts(
 ) -> tuple[list[str], Tensor, Tensor]:
     """All captions, their features (M,D), and the image row of each (M,)."""
     captions = [caption for record in records for caption in record.captions]
-    text = source.embed_texts([prefix + caption for caption in captions], progress=progress)
-    check_finite(text, captions, "texts")
+    text = embed_texts(source, captions, progress, prefix)
     return captions, text, torch.tensor(text_to_image(records))
 
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +91,9 @@ def run_suite(
         if key in done:
             yield Outcome(done[key], True)
         else:
-            yield Outcome(_evaluate(source, job, key, out, device, _part(progress, finished, total)), False)
+            # Known from here on: the same weights may be named twice, by two paths.
+            done[key] = _evaluate(source, job, key, out, device, _part(progress, finished, total))
+            yield Outcome(done[key], False)
         finished += 1000
         if progress:
             progress(finished, total)
@@ -138,7 +140,7 @@ def _evaluate(
     occasion = line.pop("run")
     line |= {"key": key, "published": published, "files": files, "run": occasion}
     write_per_item(out / files["per_item"], evaluation)
-    write_sections(out / files["figures"], evaluation_sections(evaluation))
+    write_sections(out / files["figures"], evaluation_sections(replace(evaluation, protocol=line["protocol"])))
     append_result(out / RESULTS, line)  # last: what has a line is done
     return line
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eval.coco_instances import Scene, Scenes
 from eval.examples import HeatExample
-from eval.features import Unreadable, over_items
+from eval.features import Unreadable, over_photographs
 from eval.heat import heat_example
 from eval.mask_refinement import DILATIONS, check_refinement, refine_masks
 from eval.metrics import confusion_matrix
@@ -144,10 +144,9 @@ class SegmentationEvaluator(Evaluator):
         settings = replace(self, scenes=replace(self.scenes, images=()), progress=None)
         work = _Segmenting(settings, weights, tuple(item.shown for item in classes), window, scale, head)
         with editing(encoder, edits):
-            found = over_items(source, work, list(enumerate(self.scenes.images)), self.progress)
-        counts = [one.counts for one in found if isinstance(one, _Measured)]
-        examples = tuple(one.example for one in found if isinstance(one, _Measured) and one.example is not None)
-        unreadable = tuple(one for one in found if isinstance(one, Unreadable))
+            found, unreadable = over_photographs(source, work, self.scenes.images, self.progress)
+        counts = [one.counts for one in found]
+        examples = tuple(one.example for one in found if one.example is not None)
         if not counts:
             raise DataError(f"None of the {len(self.scenes.images)} photographs could be read.")
         names = [addon.name for addon in pipeline.addons] if pipeline else []

@@ -72,11 +72,13 @@ def write_suite_report(results: str | Path, out: str | Path) -> list[Path]:
 
 
 def overview_of(lines: Sequence[Mapping[str, Any]]) -> Overview:
-    """The table of main metrics; the mean is over protocols that every model has, where there are several."""
+    """The table of main metrics; the mean is over named protocols that every model has, where there are several."""
     tasks = list(dict.fromkeys(_task(line) for line in lines))
     models = list(dict.fromkeys(str(line["model"]) for line in lines))
     value = {(str(line["model"]), _task(line)): _main_value(line) for line in lines}
-    shared = [task for task in tasks if all((model, task) in value for model in models)]
+    # Results of single commands have metrics of their own, whose mean says nothing.
+    named = {_task(line) for line in lines if line["protocol"].get("name")}
+    shared = [task for task in tasks if task in named and all((model, task) in value for model in models)]
     with_mean = len(shared) > 1
     rows = []
     for model in models:
@@ -113,6 +115,17 @@ _NOTE = (
     "Each protocol's own metric in per cent: mean recall@1 of both directions for retrieval, accuracy or mean recall "
     "per class for classification. Click a column to sort by it."
 )
+
+
+def _decoder(line: Mapping[str, Any]) -> str:
+    """How images were read; what an evaluator says of it stands among its own facts."""
+    if "decoder" in line["protocol"]:
+        return str(line["protocol"]["decoder"])
+    return "see its protocol" if line.get("counts", {}).get("images") else "reads no images"
+
+
+# Of lines that were written by other tools or earlier versions.
+_UNKNOWN = "not stated"
 
 
 def _task(line: Mapping[str, Any]) -> str:
@@ -205,10 +218,10 @@ def _fingerprints(lines: Sequence[Mapping[str, Any]]) -> Table:
         (
             one_line(line["model"]),
             _task(line),
-            line["protocol"].get("fingerprint", ""),
-            line["protocol"].get("precision", ""),
-            line["protocol"].get("decoder", line["protocol"].get("images", "")),
-            line["protocol"].get("data_hash", ""),
+            line["protocol"].get("fingerprint", _UNKNOWN),
+            line["protocol"].get("precision", _UNKNOWN),
+            _decoder(line),
+            line["protocol"].get("data_hash", _UNKNOWN),
             str(line["model_identity"])[:12],
         )
         for line in lines

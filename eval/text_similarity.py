@@ -14,14 +14,13 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from eval.features import EmbeddingSource, check_finite
+from eval.features import EmbeddingSource, embed_texts
 from eval.image_retrieval import query_columns
 from eval.metrics import SameLabel, bootstrap_interval, kendall_tau, pearson, positive_positions, spearman
 from vlkit.contracts import Evaluation, Evaluator, Progress
-from vlkit.data.records import Problems, Record, text_to_image
-from vlkit.data.sources.annotated import read_text
-from vlkit.data.sources.delimited import DELIMITERS, read_delimited
-from vlkit.errors import DataError, GalleryError, did_you_mean
+from vlkit.data.records import Record, text_to_image
+from vlkit.data.sources.delimited import read_table
+from vlkit.errors import DataError, GalleryError
 
 _RESAMPLES = 200
 
@@ -71,8 +70,7 @@ class ScoredPairsEvaluator(Evaluator):
             GalleryError: features that are not finite.
         """
         texts = list(dict.fromkeys(text for pair in self.pairs for text in (pair.first, pair.second)))
-        features = source.embed_texts(texts, progress=self.progress)
-        check_finite(features, texts, "texts")
+        features = embed_texts(source, texts, self.progress)
         row = {text: place for place, text in enumerate(texts)}
         first = features[[row[pair.first] for pair in self.pairs]].double()
         second = features[[row[pair.second] for pair in self.pairs]].double()
@@ -152,8 +150,7 @@ class SameImageCaptionsEvaluator(Evaluator):
         captions = [text for record in self.records for text in record.captions]
         if max(self.ks) >= len(captions):
             raise GalleryError(f"K is {max(self.ks)}, but each caption has {len(captions) - 1} others. Ask for fewer.")
-        features = source.embed_texts(captions, progress=self.progress)
-        check_finite(features, captions, "texts")
+        features = embed_texts(source, captions, self.progress)
         owner = torch.tensor(text_to_image(self.records))
         themselves = list(torch.arange(len(captions)).split(1))
         relevant = SameLabel(owner, owner, range(len(captions)))
@@ -202,16 +199,8 @@ def read_scored_pairs(
     Raises:
         DataError: unreadable, no such column, or a score that is no number.
     """
-    path = Path(file)
-    delimiter = DELIMITERS.get(path.suffix.lower())
-    if delimiter is None:
-        raise DataError(f"{path}: expected a table .csv or .tsv with a header.")
-    header, rows = read_delimited(read_text(path), delimiter, path, Problems())
-    for column in (first, second, score):
-        if column not in header:
-            raise DataError(f"{path} has no column {column!r}. {did_you_mean(column, header)}")
     pairs = []
-    for where, row in rows:
+    for where, row in read_table(file, first, second, score):
         try:
             value = float(row[score])
             if not np.isfinite(value):

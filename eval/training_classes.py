@@ -7,6 +7,7 @@ from eval.base_to_new import SHOTS, BaseToNewEvaluator, CrossDatasetEvaluator, G
 from eval.class_names import NamedClasses, name_classes
 from eval.classification import ClassificationEvaluator
 from eval.cluster_and_name import ClusterAndNameEvaluator
+from eval.doubly_right import DoublyRightEvaluator
 from eval.few_shot import FewShotEvaluator
 from eval.image_retrieval import ImageRetrievalEvaluator, read_relevance
 from eval.knn import KnnEvaluator
@@ -43,6 +44,21 @@ def classification(
     several = any(record.labels is not None for record in classes.records)
     make = MultiLabelEvaluator if several else ClassificationEvaluator
     return make(classes.records, classes.names, chosen, classes.how)
+
+
+def doubly_right(
+    data: str,
+    *,
+    images: str | None = None,
+    format: str | None = None,  # noqa: A002
+    split: str | None = None,
+    class_names: str | None = None,
+    exclude: Sequence[str] = (),
+    k: int = 5,
+) -> Evaluator:
+    """`vlkit eval doubly-right`."""
+    _, classes = _classes(data, images, format, split, class_names, exclude)
+    return DoublyRightEvaluator(classes.records, classes.names, k)
 
 
 def probe(data: str, *, images: str | None = None, format: str | None = None, seed: int = 0) -> Evaluator:  # noqa: A002

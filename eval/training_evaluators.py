@@ -6,8 +6,8 @@
     every = "2 epochs"
     options = {k = [1, 10]}
 
-Each function below reads the data and takes as `options` what its command takes. All of `vlkit eval` is there but
-`mine-pairs`: what it mines changes with the model, so its numbers cannot be followed through a training.
+Each function below reads the data and takes as `options` what its command takes. The pairs that `mine-pairs` finds are
+those of each moment's model: its accuracies are not about the same pairs each time, its `mined_share` can be followed.
 """
 
 import inspect
@@ -28,6 +28,7 @@ from eval.explanation import ExplanationEvaluator
 from eval.folds import FoldedRetrieval
 from eval.grounding import ReferringEvaluator, View
 from eval.image_caption_choice import ImageCaptionChoiceEvaluator
+from eval.mined_pairs import MinedPairsEvaluator
 from eval.pointing import PointingEvaluator
 from eval.referring_sets import read_refcoco, unique_objects
 from eval.retrieval import RetrievalEvaluator
@@ -38,6 +39,7 @@ from eval.training_classes import (
     classification,
     cluster_and_name,
     cross_dataset,
+    doubly_right,
     few_shot,
     image_retrieval,
     knn,
@@ -51,6 +53,8 @@ from vlkit.config import EvalSettings
 from vlkit.contracts import Evaluator
 from vlkit.data.sources import read_source
 from vlkit.errors import ConfigError, did_you_mean
+from vlkit.features.cache import FeatureCache
+from vlkit.features.source import open_source
 
 
 def build_evaluator(section: EvalSettings) -> Evaluator:
@@ -224,6 +228,26 @@ def blind_pairs(data: str, *, template: str = "a photo of {}") -> Evaluator:
     return BlindPairsEvaluator(read_mmvp(data), template)
 
 
+def mine_pairs(
+    data: str,
+    *,
+    second: str,
+    images: str | None = None,
+    format: str | None = None,  # noqa: A002
+    split: str | None = None,
+    above: float = 0.95,
+    below: float = 0.6,
+    share: float | None = None,
+    most: int | None = None,
+) -> Evaluator:
+    """`vlkit eval mine-pairs`; the second model encodes once, into the cache."""
+    if share is not None and not 0 < share < 1:
+        raise ConfigError(f"share is {share}; expected a number within 0 and 1.")
+    source = read_source(data, format=format, images=images, split=split)
+    other = open_source(second, cache=FeatureCache.default())
+    return MinedPairsEvaluator(source.records, other, above, below, share, most)
+
+
 def _no_effect(why: str, **given: str | None) -> None:
     for key, value in given.items():
         if value is not None:
@@ -233,6 +257,6 @@ def _no_effect(why: str, **given: str | None) -> None:
 _ALL = (
     retrieval, classification, probe, few_shot, knn, base_to_new, cross_dataset, ood, image_retrieval, worst_group,
     caption_judgement, image_caption_choice, text_similarity, segmentation, referring, pointing, explanation,
-    composed_retrieval, conditional_retrieval, blind_pairs, vocabulary_free, cluster_and_name,
+    composed_retrieval, conditional_retrieval, blind_pairs, mine_pairs, vocabulary_free, cluster_and_name, doubly_right,
 )  # fmt: skip
 EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {one.__name__.replace("_", "-"): one for one in _ALL}

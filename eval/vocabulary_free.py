@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.features import IMAGES, EmbeddingSource, check_finite, embed_records, parts_of
+from eval.features import IMAGES, EmbeddingSource, embed_records, embed_texts, parts_of
 from eval.labelled import check_labels
 from eval.metrics import bootstrap_interval, cluster_accuracy
 from vlkit.addons.words import nouns_of
@@ -178,8 +178,7 @@ class VocabularyFreeEvaluator(Evaluator):
         texts = list(dict.fromkeys(self.texts))
         of_images, of_texts = parts_of(self.progress, len(self.records), len(texts))
         images = embed_records(source, self.records, self.batch_size, self.workers, of_images)
-        captions = source.embed_texts(texts, progress=of_texts)
-        check_finite(captions, texts, "texts")
+        captions = embed_texts(source, texts, of_texts)
         method = CaSED(texts, captions, self.num_captions, self.alpha, template=self.template)
         named = method.name_images(images.features, source)
         found = [one.name for one in named]

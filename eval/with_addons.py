@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eval.features import EmbeddedRecords, EmbeddingSource, check_finite
+from eval.features import EmbeddedRecords, EmbeddingSource, readable
 from eval.metrics import Ranks, RetrievalRanks, label_ranks
 from eval.metrics.ranking import tie_bounds
 from vlkit.addons.adapted import AdaptedRetrieval, Direction
@@ -19,7 +19,8 @@ from vlkit.addons.pipeline import Pipeline
 from vlkit.addons.reference import Reference, Stream
 from vlkit.contracts import Progress
 from vlkit.data.records import Record
-from vlkit.errors import ConfigError, DataError
+from vlkit.errors import ConfigError
+from vlkit.features.feature_set import check_finite
 from vlkit.features.model_card import card_of
 from vlkit.features.source import CachedEmbedder, FeatureSource
 from vlkit.models.embedder import Embedder
@@ -85,11 +86,7 @@ def read_images(passes: Passes, records: Sequence[Record], pipeline: Pipeline) -
         GalleryError: features that are not finite.
     """
     read = passes.read(records, pipeline.edits, pipeline.views)
-    unreadable = tuple((records[position].key, reason) for position, reason in read.failures)
-    if not read.kept:
-        first = f" First: {unreadable[0][0]}: {unreadable[0][1]}" if unreadable else ""
-        raise DataError(f"None of the {len(records)} images could be read.{first}")
-    kept = tuple(records[position] for position in read.kept)
+    kept, unreadable = readable(records, read.kept, read.failures)
     check_finite(read.vectors.pooled, [record.key for record in kept], "images")
     return ReadImages(EmbeddedRecords(kept, read.vectors.pooled, unreadable), read.vectors)
 
@@ -188,13 +185,14 @@ def ranks_of(scored: AdaptedRetrieval, owners: Tensor) -> RetrievalRanks:
         scored: images and texts.
         owners: (M,) the image row each text belongs to.
     """
-    both = {}
-    for direction in ("image_to_text", "text_to_image"):
-        both[direction] = _directed(scored, owners, direction)
-    return RetrievalRanks(**both)
+    return RetrievalRanks(
+        image_to_text=directed_ranks(scored, owners, "image_to_text"),
+        text_to_image=directed_ranks(scored, owners, "text_to_image"),
+    )
 
 
-def _directed(scored: AdaptedRetrieval, owners: Tensor, direction: Direction) -> Ranks:
+def directed_ranks(scored: AdaptedRetrieval, owners: Tensor, direction: Direction) -> Ranks:
+    """Ranks of the right answers in one direction: all that a bias with the queries of one kind can give."""
     parts, start = [], 0
     for scores in scored.scores(direction):
         rows = torch.arange(start, start + len(scores))

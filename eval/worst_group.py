@@ -16,10 +16,9 @@ from eval.features import ClassifyingSource
 from eval.metrics import bootstrap_interval
 from vlkit.addons.pipeline import PLAIN, Pipeline
 from vlkit.contracts import Evaluation, Evaluator
-from vlkit.data.records import Problems, Record
-from vlkit.data.sources.annotated import read_text
-from vlkit.data.sources.delimited import DELIMITERS, read_delimited
-from vlkit.errors import ConfigError, DataError, did_you_mean
+from vlkit.data.records import Record
+from vlkit.data.sources.delimited import read_table
+from vlkit.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -126,21 +125,13 @@ def read_groups(file: str | Path, key_column: str, group_column: str) -> dict[st
     Raises:
         DataError: unreadable, no such column, or two groups of one image.
     """
-    path = Path(file)
-    delimiter = DELIMITERS.get(path.suffix.lower())
-    if delimiter is None:
-        raise DataError(f"{path}: expected a table .csv or .tsv with a header.")
-    header, rows = read_delimited(read_text(path), delimiter, path, Problems())
-    for column in (key_column, group_column):
-        if column not in header:
-            raise DataError(f"{path} has no column {column!r}. {did_you_mean(column, header)}")
     groups: dict[str, str] = {}
-    for where, row in rows:
+    for where, row in read_table(file, key_column, group_column):
         key, group = str(row.get(key_column) or "").strip(), str(row.get(group_column) or "").strip()
         if key and group and groups.setdefault(key, group) != group:
             raise DataError(f"{where}: {key!r} is in group {group!r} and in {groups[key]!r}.")
     if not groups:
-        raise DataError(f"{path} gives no image a group.")
+        raise DataError(f"{Path(file)} gives no image a group.")
     return groups
 
 

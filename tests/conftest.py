@@ -1,16 +1,20 @@
-"""What every test shares: the environment it runs in, the real data, and two ways of calling the command.
+"""What every test shares: the environment it runs in, the real data, two ways of calling the command, models, tars.
 
 Fixtures:
     vlkit_data      folder of real data sets ($VLKIT_DATA); skips the test where it is not set.
     general_encoder folder of the small trained encoder that methods are measured on (`make encoder`).
     call_vlkit      calls the command line in this process: `call_vlkit("info", "--json").out`.
     spawn_vlkit     calls it in a process of its own (costs what it imports): `spawn_vlkit("info", cwd=tmp_path)`.
+    models          two CLIPs of 16 pixels with random weights, as `--model` takes them; imports open_clip.
+    write_tar       `write_tar(path, [("a.jpg", b"..."), ...])`: a tar of these files, in this order.
 """
 
+import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tarfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +90,42 @@ def spawn_vlkit() -> Callable[..., Called]:
         return Called(done.returncode, done.stdout, done.stderr)
 
     return spawn
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    import torch
+
+    from vlkit.models.open_clip_encoder import build_encoder
+    from vlkit.models.saved import save_encoder
+
+    architecture = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    names = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        folder = tmp_path_factory.mktemp(f"model_{seed}")
+        save_encoder(build_encoder(architecture), folder)
+        names.append(f"local-dir:{folder}")
+    return names
+
+
+# Of the session, so that fixtures of any scope can write with it.
+@pytest.fixture(scope="session")
+def write_tar() -> Callable[..., Path]:
+    def write(path: Path, files: Iterable[tuple[str, bytes]], form: int = tarfile.DEFAULT_FORMAT) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w", format=form, encoding="utf-8") as tar:
+            for name, content in files:
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        return path
+
+    return write
 
 
 def _has_cuda() -> bool:

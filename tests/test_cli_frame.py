@@ -173,3 +173,6 @@ def test_progress_on_a_terminal_shows_label_and_counts(monkeypatch: pytest.Monke
     assert "reading [red]" in terminal.getvalue()
     assert "3/7" in terminal.getvalue()
     assert "images/s" in terminal.getvalue()
+    with progress_bar("suite", unit="%") as report:
+        report(250, 1000)
+    assert "25%" in terminal.getvalue() and "250/1000" not in terminal.getvalue() and "%/s" not in terminal.getvalue()

@@ -100,6 +100,17 @@ def test_an_unknown_engine():
         list(map_parts(len, ["x"], 1, engine="rai"))
 
 
+def test_ray_that_does_not_start(monkeypatch):
+    ray = pytest.importorskip("ray", reason="needs the extra `ray`")
+
+    def init(**options):
+        raise ConnectionError("No cluster at 127.0.0.1:1.")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(VlkitError, match=r"Ray does not start: No cluster at .* RAY_ADDRESS"):
+        list(map_parts(len, ["x"], 1, engine="ray"))
+
+
 def test_ray_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'vlkit\[ray\]'"):

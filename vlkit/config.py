@@ -218,8 +218,8 @@ class OptimSettings(Settings):
 EvaluatorName = Literal[
     "retrieval", "classification", "probe", "few-shot", "knn", "base-to-new", "cross-dataset", "ood",
     "image-retrieval", "worst-group", "caption-judgement", "image-caption-choice", "text-similarity", "segmentation",
-    "referring", "pointing", "explanation", "composed-retrieval", "conditional-retrieval", "blind-pairs",
-    "vocabulary-free", "cluster-and-name",
+    "referring", "pointing", "explanation", "composed-retrieval", "conditional-retrieval", "blind-pairs", "mine-pairs",
+    "vocabulary-free", "cluster-and-name", "doubly-right",
 ]  # fmt: skip
 
 

@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 
+def continued(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """For a part of long work: what it reports as done counts on from `before`, of the whole's total."""
+    if progress is None:
+        return None
+    report = progress
+    return lambda done, of: report(before + done, total)
+
+
 class ImageTextBatch(NamedTuple):
     """One batch of image-text pairs as it leaves the loader.
 

@@ -45,8 +45,8 @@ def map_parts(
 
     Raises:
         ConfigError: unknown engine, or Ray is not installed.
-        VlkitError: a process died. What `function` raises is raised here, after the parts under way have ended (on
-            Ray they are cancelled).
+        VlkitError: a process died, or Ray does not start. What `function` raises is raised here, after the parts under
+            way have ended (on Ray they are cancelled).
     """
     if engine not in get_args(Engine):
         raise ConfigError(f"Unknown engine '{engine}'. {did_you_mean(engine, get_args(Engine))}")
@@ -88,7 +88,13 @@ def _map_on_ray(
     ours = not ray.is_initialized()
     if ours:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers unless told not to
-        ray.init(log_to_driver=False, logging_level="error")
+        try:
+            ray.init(log_to_driver=False, logging_level="error")
+        except Exception as error:  # Ray raises whatever it meets, a plain Exception for a node that came up too late
+            raise VlkitError(
+                f"Ray does not start: {error} Look whether RAY_ADDRESS names a running cluster, or whether this "
+                "machine is too busy for one of its own; then run the same command again."
+            ) from error
     at_once = workers or int(ray.cluster_resources().get("CPU", 1))
     # Ray repeats a part whose machine is lost, as parts are written whole or not at all; not one that raised.
     task = ray.remote(max_retries=3)(function)

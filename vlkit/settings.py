@@ -124,7 +124,7 @@ _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def _size(value: object) -> int:
-    """"200 GB", or a number of bytes."""
+    """ "200 GB", or a number of bytes."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]?B)\s*", value) if isinstance(value, str) else None

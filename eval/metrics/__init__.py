@@ -1,4 +1,6 @@
-"""Numbers out of arrays: pure functions on tensors, chunked and exact, that know nothing of models or files.
+"""Numbers out of arrays: pure functions, chunked and exact, that know nothing of models or files.
+
+They take tensors and NumPy arrays alike.
 
 One tie rule holds everywhere (`eval/metrics/ranking.py`): scores that are equal up to rounding stand in
 random order, and a metric is its expectation over that order. So a model whose scores are all equal

@@ -11,16 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eval.metrics.arrays import Array, as_tensor
+
 NUM_RESAMPLES = 1000
 # Counts drawn at a time: 16 MB of int64, so memory does not grow with the number of resamples.
 _CHUNK = 2_000_000
 
 
 def bootstrap_interval(
-    values: Tensor,
+    values: Array,
     *,
-    units: Tensor | None = None,
-    groups: Tensor | None = None,
+    units: Array | None = None,
+    groups: Array | None = None,
     confidence: float = 0.95,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
@@ -47,10 +49,11 @@ def bootstrap_interval(
     """
     if not len(values):
         raise ValueError("No items; expected at least one.")
+    values = as_tensor(values)
     columns = values.double().cpu().reshape(len(values), -1).numpy()
     items = torch.arange(len(values))
-    unit = items if units is None else units
-    group = torch.zeros_like(items) if groups is None else groups
+    unit = items if units is None else as_tensor(units)
+    group = torch.zeros_like(items) if groups is None else as_tensor(groups)
     cells = _Cells(columns, _consecutive(unit), _consecutive(group))
     drawn = _resamples(cells.num_units, num_resamples, seed)
     statistics = np.concatenate([cells.statistic(times) for times in drawn])

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eval.metrics.arrays import Array, as_tensor
+
 
 class Reliability(NamedTuple):
     """Answers sorted into bins of equal width by the probability given to them."""
@@ -15,7 +17,7 @@ class Reliability(NamedTuple):
     accuracy: Tensor  # (b,) float64 share of right answers; NaN in an empty bin
 
 
-def reliability(probability: Tensor, right: Tensor, num_bins: int = 15) -> Reliability:
+def reliability(probability: Array, right: Array, num_bins: int = 15) -> Reliability:
     """The bins of a reliability diagram.
 
     Args:
@@ -26,6 +28,7 @@ def reliability(probability: Tensor, right: Tensor, num_bins: int = 15) -> Relia
     Raises:
         ValueError: shapes that differ, no item, probabilities outside [0,1] or not finite.
     """
+    probability, right = as_tensor(probability), as_tensor(right)
     if probability.shape != right.shape or probability.ndim != 1 or not len(probability):
         raise ValueError(f"{tuple(probability.shape)} probabilities, {tuple(right.shape)} answers; expected (N,) each.")
     if not ((probability >= 0) & (probability <= 1)).all():

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eval.metrics.arrays import Array, as_tensor
 from eval.metrics.ranking import Ranks, hit_probability, tie_bounds
 
 
 @torch.no_grad()
-def label_ranks(scores: Tensor, labels: Tensor) -> Ranks:
+def label_ranks(scores: Array, labels: Array) -> Ranks:
     """Where the true class stands among all C.
 
     Args:
@@ -22,6 +23,7 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Ranks:
     Raises:
         ValueError: shapes or labels that do not fit, scores that are not finite.
     """
+    scores, labels = as_tensor(scores), as_tensor(labels)
     if scores.ndim != 2 or labels.shape != scores.shape[:1]:
         raise ValueError(f"scores are {tuple(scores.shape)}, labels {tuple(labels.shape)}; expected (N,C) and (N,).")
     if len(labels) and (labels.min() < 0 or labels.max() >= scores.shape[1]):
@@ -29,7 +31,7 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Ranks:
     if not scores.isfinite().all():
         raise ValueError(f"scores are not finite: {int((~scores.isfinite()).any(1).sum())} rows.")
     scores = scores.double()
-    own = scores.gather(1, labels[:, None])
+    own = scores.gather(1, labels.long()[:, None])
     low, high = tie_bounds(own)
     better = (scores > high).sum(1)
     # The true class is within its own bounds; take it out of the tie's wrong answers.
@@ -37,7 +39,7 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Ranks:
     return Ranks(better, tied, torch.ones_like(better))
 
 
-def accuracy(scores: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
+def accuracy(scores: Array, labels: Array, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
     """The share of items whose true class is among the first K of (N,C) scores.
 
     Returns:
@@ -52,7 +54,7 @@ def accuracy(scores: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> dict
     return {f"accuracy@{k}": hit_probability(ranks, k).mean().item() for k in ks if k <= scores.shape[1]}
 
 
-def mean_per_class_recall(hits: Tensor, labels: Tensor) -> float:
+def mean_per_class_recall(hits: Array, labels: Array) -> float:
     """The mean over classes of each class's share of hits; classes without an item are left out.
 
     Args:
@@ -61,11 +63,13 @@ def mean_per_class_recall(hits: Tensor, labels: Tensor) -> float:
 
     Source: scikit-learn, `balanced_accuracy_score` (same value where nothing ties).
     """
+    hits, labels = as_tensor(hits), as_tensor(labels)
     counts = labels.bincount()
     sums = labels.bincount(weights=hits.double())
     return (sums[counts > 0] / counts[counts > 0]).mean().item()
 
 
-def confusion_matrix(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
+def confusion_matrix(labels: Array, predicted: Array, num_classes: int) -> Tensor:
     """(C,C) int64 counts: rows are true classes, columns predicted ones; both inputs are (N,) int64."""
+    labels, predicted = as_tensor(labels).long(), as_tensor(predicted).long()
     return (labels * num_classes + predicted).bincount(minlength=num_classes**2).view(num_classes, num_classes)

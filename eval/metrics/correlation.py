@@ -34,11 +34,21 @@ def _mean_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _checked(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    first, second = finite_pairs(x, y)
+    if (first == first[0]).all() or (second == second[0]).all():
+        raise ValueError("One side has a single value; it correlates with nothing.")
+    return first, second
+
+
+def finite_pairs(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Two measurements (n,) of the same things.
+
+    Raises:
+        ValueError: lengths that differ, fewer than two pairs, or values that are not finite.
+    """
     first, second = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if first.ndim != 1 or first.shape != second.shape or len(first) < 2:
         raise ValueError(f"x is {first.shape}, y {second.shape}; expected (n,) both, n at least 2.")
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise ValueError("x and y must be finite.")
-    if (first == first[0]).all() or (second == second[0]).all():
-        raise ValueError("One side has a single value; it correlates with nothing.")
     return first, second

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eval.metrics.arrays import Array, as_tensor
 from vlkit.errors import DataError
 
 # Scores at a time: 256 images x 46,200 candidates are 47 MB.
@@ -45,7 +46,7 @@ class Judged(NamedTuple):
 
 
 def doubly_right(
-    scores: Tensor, candidates: Candidates, labels: Tensor, reasons: Tensor, k: int = 5, seed: int = 0
+    scores: Array, candidates: Candidates, labels: Array, reasons: Array, k: int = 5, seed: int = 0
 ) -> DoublyRight:
     """Rates over images; see `judged`."""
     right, reasoned = judged(scores, candidates, labels, reasons, k, seed)
@@ -53,9 +54,7 @@ def doubly_right(
     return DoublyRight(*(one.double().mean().item() for one in pairs))
 
 
-def judged(
-    scores: Tensor, candidates: Candidates, labels: Tensor, reasons: Tensor, k: int = 5, seed: int = 0
-) -> Judged:
+def judged(scores: Array, candidates: Candidates, labels: Array, reasons: Array, k: int = 5, seed: int = 0) -> Judged:
     """Whether class and reason are right.
 
     The k best candidates of an image vote for the class; of classes with equally many, the one whose candidate comes
@@ -73,6 +72,7 @@ def judged(
     Raises:
         DataError: sizes that do not go together, or no image.
     """
+    scores, labels, reasons = as_tensor(scores), as_tensor(labels), as_tensor(reasons)
     sizes = {len(labels), len(reasons), len(scores)}
     if len(sizes) > 1 or not len(scores) or scores.shape[1] != len(candidates.classes):
         raise DataError(

@@ -5,6 +5,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from eval.metrics.correlation import finite_pairs
+
 Variant = Literal["b", "c"]
 
 
@@ -24,11 +26,7 @@ def kendall_tau(x: ArrayLike, y: ArrayLike, variant: Variant = "b") -> float:
 
     Source: Kendall 1945 (tau-b); Stuart 1953 (tau-c); `scipy.stats.kendalltau` gives the same values.
     """
-    first, second = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if first.ndim != 1 or first.shape != second.shape or len(first) < 2:
-        raise ValueError(f"x is {first.shape}, y {second.shape}; expected (n,) both, n at least 2.")
-    if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        raise ValueError("x and y must be finite.")
+    first, second = finite_pairs(x, y)
     ranks_x, ranks_y = (np.unique(values, return_inverse=True)[1] for values in (first, second))
     distinct = min(ranks_x.max(), ranks_y.max()) + 1
     if distinct < 2:

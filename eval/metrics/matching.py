@@ -2,10 +2,11 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+
+from eval.metrics.arrays import Array, as_tensor
 
 
-def cluster_accuracy(labels: Tensor, clusters: Tensor) -> float:
+def cluster_accuracy(labels: Array, clusters: Array) -> float:
     """Share of items in the cluster that was given to their class; every cluster goes to at most one class.
 
     Args:
@@ -18,6 +19,7 @@ def cluster_accuracy(labels: Tensor, clusters: Tensor) -> float:
     Source: Yang et al. 2010, "Image Clustering Using Local Discriminant Models and Global Integration" (clustering
     accuracy with Kuhn's assignment).
     """
+    labels, clusters = as_tensor(labels), as_tensor(clusters)
     if not len(labels) or labels.shape != clusters.shape:
         raise ValueError(f"labels are {tuple(labels.shape)}, clusters {tuple(clusters.shape)}; expected (N,) both.")
     _, rows = labels.unique(return_inverse=True)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eval.metrics.arrays import Array, as_tensor
 from eval.metrics.ranking import tie_bounds
 
 
@@ -19,7 +20,7 @@ class LabelPrecision(NamedTuple):
         return self.average_precision[self.support > 0].mean().item()
 
 
-def label_average_precision(scores: Tensor, labels: Tensor) -> LabelPrecision:
+def label_average_precision(scores: Array, labels: Array) -> LabelPrecision:
     """Non-interpolated average precision per class: mean over its images of the precision at their scores.
 
     Tied images are cut between all of them or none: precision is taken behind the tie, as scikit-learn does.
@@ -35,6 +36,7 @@ def label_average_precision(scores: Tensor, labels: Tensor) -> LabelPrecision:
     scikit-learn, `average_precision_score`.
     Differs: ties as above; a class without an image is NaN rather than 0. The VOC 2007 11-point AP is another metric.
     """
+    scores, labels = as_tensor(scores), as_tensor(labels)
     if scores.shape != labels.shape or scores.ndim != 2:
         raise ValueError(f"scores are {tuple(scores.shape)}, labels {tuple(labels.shape)}; expected (N,C) both.")
     if not scores.isfinite().all():

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from eval.metrics.arrays import Array, as_tensor
 from eval.metrics.bootstrap import NUM_RESAMPLES, bootstrap_interval
 
 NUM_PERMUTATIONS = 10_000
@@ -23,10 +23,10 @@ class PairedDifference(NamedTuple):
 
 
 def paired_difference(
-    first: Tensor,
-    second: Tensor,
+    first: Array,
+    second: Array,
     *,
-    units: Tensor | None = None,
+    units: Array | None = None,
     num_resamples: int = NUM_RESAMPLES,
     num_permutations: int = NUM_PERMUTATIONS,
     seed: int = 0,
@@ -49,6 +49,7 @@ def paired_difference(
 
     Source: Efron and Tibshirani 1993, chapters 13 and 15; Phipson and Smyth 2010 (p-values are never zero).
     """
+    first, second = as_tensor(first), as_tensor(second)
     if first.shape != second.shape or first.ndim != 1 or not len(first):
         raise ValueError(
             f"{tuple(first.shape)} and {tuple(second.shape)} values; expected the same (n,), n at least 1."
@@ -57,7 +58,7 @@ def paired_difference(
     if not change.isfinite().all():
         raise ValueError("values must be finite.")
     low, high = bootstrap_interval(change, units=units, num_resamples=num_resamples, seed=seed).tolist()
-    unit = torch.arange(len(change)) if units is None else units.unique(return_inverse=True)[1]
+    unit = torch.arange(len(change)) if units is None else as_tensor(units).unique(return_inverse=True)[1]
     sums = torch.bincount(unit, weights=change).numpy()
     found = abs(sums.sum())
     generator = np.random.Generator(np.random.Philox(seed))

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from eval.metrics.arrays import Array, as_tensor
+
 
 class ClassTable(NamedTuple):
     """One row a class; NaN where there is nothing to divide by."""
@@ -15,7 +17,7 @@ class ClassTable(NamedTuple):
     f1: Tensor  # (C,) float64; NaN for a class without items that nothing was given to
 
 
-def class_table(confusion: Tensor) -> ClassTable:
+def class_table(confusion: Array) -> ClassTable:
     """Per-class numbers of a confusion matrix.
 
     Args:
@@ -24,6 +26,7 @@ def class_table(confusion: Tensor) -> ClassTable:
     Raises:
         ValueError: not square, or negative.
     """
+    confusion = as_tensor(confusion)
     if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1] or (confusion < 0).any():
         raise ValueError(f"The confusion matrix is {tuple(confusion.shape)}; expected (C,C) counts.")
     support, predicted, hits = confusion.sum(1), confusion.sum(0), confusion.diagonal().double()
@@ -31,7 +34,7 @@ def class_table(confusion: Tensor) -> ClassTable:
     return ClassTable(support, predicted, hits / predicted, hits / support, 2 * hits / (support + predicted))
 
 
-def macro_f1(confusion: Tensor) -> float:
+def macro_f1(confusion: Array) -> float:
     """Mean F1 over the classes that have an item or a prediction.
 
     Source: scikit-learn, `f1_score(average="macro")` (same value).
@@ -40,7 +43,7 @@ def macro_f1(confusion: Tensor) -> float:
     return f1[~f1.isnan()].mean().item()
 
 
-def mean_iou(confusion: Tensor) -> float:
+def mean_iou(confusion: Array) -> float:
     """Mean over classes of intersection over union, classes in neither truth nor prediction left out.
 
     Args:
@@ -52,8 +55,8 @@ def mean_iou(confusion: Tensor) -> float:
     return iou[~iou.isnan()].mean().item()
 
 
-def class_iou(confusion: Tensor) -> Tensor:
+def class_iou(confusion: Array) -> Tensor:
     """(C,) float64 intersection over union of each class; NaN for a class in neither truth nor prediction."""
     table = class_table(confusion)
-    hits = confusion.diagonal().double()
+    hits = as_tensor(confusion).diagonal().double()
     return hits / (table.support + table.predicted - hits)

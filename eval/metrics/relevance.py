@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eval.metrics.arrays import Array, as_tensor
 from eval.metrics.ranking import Ranks, hit_probability, tie_bounds
 from eval.metrics.retrieval import in_working_precision
 
@@ -122,12 +123,12 @@ class PositivePositions(NamedTuple):
 
 @torch.no_grad()
 def positive_positions(
-    queries: Tensor,
-    gallery: Tensor,
-    relevant: Sequence[Tensor],
+    queries: Array,
+    gallery: Array,
+    relevant: Sequence[Array],
     *,
-    ignored: Sequence[Tensor] | None = None,
-    gains: Sequence[Tensor] | None = None,
+    ignored: Sequence[Array] | None = None,
+    gains: Sequence[Array] | None = None,
     score: Score | None = None,
     rows: int | None = None,
 ) -> PositivePositions:
@@ -145,6 +146,7 @@ def positive_positions(
     Raises:
         ValueError: shapes that do not fit, features that are not finite, a row out of range, right and ignored.
     """
+    queries, gallery = as_tensor(queries), as_tensor(gallery)
     _check(queries, gallery, relevant, ignored)
     rows = rows or max(1, _CELLS // len(gallery))
     if score is None:
@@ -167,7 +169,7 @@ def positive_positions(
             else:
                 size, order = len(gallery), line.sort().values
             largest = max(largest, size)
-            gain = torch.ones(len(own)) if gains is None else gains[of]
+            gain = torch.ones(len(own)) if gains is None else as_tensor(gains[of])
             if gain.shape != own.shape or (gain <= 0).any():
                 raise ValueError(f"Query {of}: {len(own)} right answers need as many gains above 0.")
             parts.append((torch.full_like(own, of), gain.double(), *_counts(order, line[own])))
@@ -201,7 +203,8 @@ def _counts(order: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return (*between(order), *between(right))
 
 
-def _rows(rows: Tensor, size: int, query: int) -> Tensor:
+def _rows(rows: Array, size: int, query: int) -> Tensor:
+    rows = as_tensor(rows)
     if len(rows) and (rows.is_floating_point() or rows.min() < 0 or rows.max() >= size):
         raise ValueError(f"Query {query} names gallery rows outside 0 to {size - 1}.")
     return rows.long()
@@ -213,7 +216,7 @@ def _checked(k: int) -> int:
     return k
 
 
-def _check(queries: Tensor, gallery: Tensor, relevant: Sequence[Tensor], ignored: Sequence[Tensor] | None) -> None:
+def _check(queries: Tensor, gallery: Tensor, relevant: Sequence[Array], ignored: Sequence[Array] | None) -> None:
     if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
         raise ValueError(f"queries are {tuple(queries.shape)}, gallery {tuple(gallery.shape)}; expected (Q,D), (N,D).")
     if not len(queries) or not len(gallery):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eval.metrics.arrays import Array, as_tensor
 from eval.metrics.ranking import Ranks, hit_probability, tie_bounds
 
 # Scores (t,n) of a chunk of texts against a chunk of images, e.g. `PairScore.score`.
@@ -35,9 +36,9 @@ class RetrievalRanks(NamedTuple):
 
 
 def retrieval_recall(
-    image: Tensor,
-    text: Tensor,
-    text_to_image: Tensor,
+    image: Array,
+    text: Array,
+    text_to_image: Array,
     ks: Sequence[int] = (1, 5, 10),
     *,
     score: TileScore | None = None,
@@ -76,14 +77,15 @@ def retrieval_recall(
 
 @torch.no_grad()
 def retrieval_ranks(
-    image: Tensor,
-    text: Tensor,
-    text_to_image: Tensor,
+    image: Array,
+    text: Array,
+    text_to_image: Array,
     *,
     score: TileScore | None = None,
     tile: int = TILE,
 ) -> RetrievalRanks:
     """The right answers' ranks in both directions; arguments and errors as in `retrieval_recall`."""
+    image, text, text_to_image = as_tensor(image), as_tensor(text), as_tensor(text_to_image)
     _check(image, text, text_to_image, tile)
     text_to_image = text_to_image.to(image.device, torch.int64)
     if score is None:

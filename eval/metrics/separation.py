@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+
+from eval.metrics.arrays import Array, as_tensor
 
 
 class Separation(NamedTuple):
@@ -13,7 +14,7 @@ class Separation(NamedTuple):
     fpr95: float  # share of negatives accepted by the highest threshold that accepts 95% of the positives
 
 
-def separation(positive: Tensor, negative: Tensor, true_positive_rate: float = 0.95) -> Separation:
+def separation(positive: Array, negative: Array, true_positive_rate: float = 0.95) -> Separation:
     """AUROC and FPR at a true positive rate, exact.
 
     Args:
@@ -26,6 +27,7 @@ def separation(positive: Tensor, negative: Tensor, true_positive_rate: float = 0
 
     Source: Hendrycks and Gimpel 2017, arXiv:1610.02136 (AUROC); Liang et al. 2018, arXiv:1706.02690 (FPR95).
     """
+    positive, negative = as_tensor(positive), as_tensor(negative)
     for name, scores in (("positive", positive), ("negative", negative)):
         if scores.ndim != 1 or not len(scores) or not scores.isfinite().all():
             raise ValueError(f"{name} scores are {tuple(scores.shape)}; expected (n,) finite ones, at least 1.")

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.addons import classification_bench, compare_addons, retrieval_bench
+from eval.addons import classification_bench, compare_addons, leaderboard_sections, retrieval_bench
 from eval.classification import ClassificationEvaluator
 from eval.methods import METHODS
+from eval.report import Table
 from eval.retrieval import RetrievalEvaluator
 from vlkit.addons.adapt import captioned_reference, labelled_reference
 from vlkit.addons.base import Need, Term, Vectors, learned
@@ -122,6 +123,33 @@ def test_twenty_add_ons_share_one_pass(tiny_source: Any, toy_records: Any) -> No
     assert nothing.differences["accuracy@1"].difference == 0.0
 
 
+class ReadsImages(Mean):
+    """Reads further images while it is fitted."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"pixels"})
+    further: ClassVar[list[Any]] = []
+
+    def learn(self, reference: Any, embedder: Any, progress: Any = None) -> Any:
+        reference.passes.read(self.further)
+        return super().learn(reference, embedder, progress)
+
+
+def test_image_passes_are_in_no_rows_time(tiny_source: Any, toy_records: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, records = tiny_source(), toy_records(NAMES, 12)
+    monkeypatch.setattr("time.perf_counter", lambda: float(source.images_read))  # an image takes a second
+    passes = Passes(source)
+    bench, _ = classification_bench(passes, records, NAMES, shots=4)
+    ReadsImages.further = toy_records(NAMES, 5, first=100)
+    board = compare_addons(bench, source, passes, [ReadsImages()])
+    assert board.left_out == {} and passes.num_passes == 2
+    assert board.pass_seconds == passes.seconds == source.images_read == 36 + 15
+    assert board.rows[1].fit_seconds == 0
+    metrics, needs = leaderboard_sections(board)
+    assert isinstance(metrics, Table) and isinstance(needs, Table)
+    assert metrics.columns == ["add-on", "accuracy@1", "change"] and "took 51 s" in needs.note
+    assert needs.rows[1] == ["test_evaluators", "gallery_bias", "captions, pixels, unlabelled images", "0.00", "0.00"]
+
+
 def test_retrieval_is_fitted_on_train(tiny_source: Any, toy_records: Any) -> None:
     source = tiny_source()
     records = [replace(record, split="train") for record in toy_records(NAMES, 9)]
@@ -132,6 +160,10 @@ def test_retrieval_is_fitted_on_train(tiny_source: Any, toy_records: Any) -> Non
     board = compare_addons(retrieval_bench(passes, records), source, passes, [Mean(), TopKMean()])
     assert [row.name for row in board.rows] == ["plain", "mean"] and "k = 128" in board.left_out["top_k_mean"]
     assert passes.num_images == 42
+    page = leaderboard_sections(board)
+    assert [section.title for section in page] == ["Text to image", "Image to text", "Needs and times", "Left out"]
+    assert isinstance(page[1], Table)
+    assert page[1].columns == ["add-on", "recall@10", "change", "recall@1", "change"]
 
 
 def test_every_evaluator_has_a_row() -> None:

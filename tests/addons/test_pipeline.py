@@ -31,6 +31,8 @@ from vlkit.addons.gallery_bias.mean import Mean
 from vlkit.addons.gallery_bias.top_k_mean import TopKMean
 from vlkit.addons.pipeline import PLAIN, Pipeline
 from vlkit.addons.reference import Captions, Part, Reference, Stream
+from vlkit.addons.towers.maskclip import MaskClip
+from vlkit.addons.towers.naclip import NaClip
 from vlkit.errors import ConfigError, DataError, GalleryError
 
 CLASSES = [parse_class(name) for name in ("cat", "dog", "sea horse | seahorse")]
@@ -243,6 +245,7 @@ def test_few_shot_images_must_cover_the_classes(images: Vectors) -> None:
         ([Templates(), Conditioned()], "choose one, or add a merge"),
         ([Average(), Average()], "after one merge"),
         ([Negative(), Mean()], "estimated from inner products"),
+        ([NaClip(), MaskClip()], "naclip and maskclip do not go together: each mixes the patches of the last block"),
     ],
 )
 def test_what_does_not_go_together_is_refused_with_the_reason(addons: list[Any], reason: str) -> None:

@@ -48,6 +48,7 @@ def test_settings_are_parsed_by_their_type() -> None:
         ("tip_adapter:alpha=1,alpha=2", "given alpha twice"),
         ("distribution_norm:normalise=afer", "Did you mean after"),
         ("nowhere.py", "There is no file nowhere.py"),
+        ("", "An add-on without a name"),
     ],
 )
 def test_what_does_not_parse_is_named(text: str, message: str) -> None:

@@ -1,7 +1,7 @@
 """What each add-on costs beside plain zero-shot: fitting, use and memory, all in one run on one small encoder.
 
-    python tests/benchmarks/addon_costs.py --data $VLKIT_DATA [--model local-dir:FOLDER] [--part 1/4] [--json]
-    python tests/benchmarks/addon_costs.py --data $VLKIT_DATA --methods tip_adapter,tta
+    python tests/benchmarks/addon_costs.py --data $VLKIT_DATA --methods tip_adapter,tta [--json]
+    python tests/benchmarks/addon_costs.py --data $VLKIT_DATA --out tests/benchmarks/addon_costs.md     # all of them
 
 Classification: 20 classes of Caltech-101, 8 images of each to learn from, 4 to validate on, 90 others to use it on.
 Retrieval (`r:` before a name): 500 training images of Flickr8k with captions, 100 test images with theirs. Merges: the
@@ -13,26 +13,23 @@ Methods that train through a tower are given one epoch (see the settings): multi
 making the class weights, once for a list of classes. Use: milliseconds an image, decoding, towers and scores; the
 median of three, plain and with the add-on in turn; `scores` is the part behind the towers.
 Memory: each method is measured in a process of its own, forked when the model is loaded; its anonymous resident memory
-is read every millisecond from outside, and what counts is the highest value above that before the phase. Where there
-is no /proc, it is left out.
+is read every millisecond from outside, and what counts is the highest value above that before the phase; `plain` is
+that of the use without the add-on. Where there is no /proc, it is left out.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
-import select
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from forked import Watch, anonymous_bytes, apart
 
 from eval.addons import Bench, classification_bench, retrieval_bench
 from eval.class_names import name_classes
@@ -45,7 +42,6 @@ from vlkit.addons.reference import Stream
 from vlkit.addons.registry import addon_rows, make_addon
 from vlkit.data.records import Record
 from vlkit.data.sources import read_source
-from vlkit.errors import VlkitError
 from vlkit.features.source import FeatureSource, open_source
 from vlkit.interpret.decomposition import decompose
 from vlkit.interpret.explain import EXPLAINERS, explain
@@ -256,69 +252,6 @@ def explaining(name: str, setting: Setting) -> Case:
     return lambda: None, prepare, len(records)
 
 
-class Watch:
-    """Tells the process outside which phase begins and ends."""
-
-    def __init__(self, end: int) -> None:
-        self._end = end
-
-    def say(self, line: str) -> None:
-        os.write(self._end, f"{line}\n".encode())
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        gc.collect()
-        if hasattr(ctypes.CDLL(None), "malloc_trim"):
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back
-        self.say(f"{name} {anonymous_bytes(os.getpid())}")
-        yield
-        self.say("-")
-
-
-def anonymous_bytes(process: int) -> int:
-    """Resident memory that is no file's; 0 where that cannot be read."""
-    try:
-        with open(f"/proc/{process}/statm", encoding="ascii") as statm:
-            resident, shared = (int(number) for number in statm.read().split()[1:3])
-    except (OSError, ValueError):
-        return 0
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
-
-
-def apart(work: Callable[[Watch], dict[str, float]]) -> tuple[dict[str, Any], dict[str, int]]:
-    """What the work returns in a process of its own, and the most memory of each phase above its beginning."""
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if not child:
-        watch = Watch(write_end)
-        try:
-            watch.say("done " + json.dumps(work(watch)))
-        except (VlkitError, RuntimeError, ValueError, AssertionError) as error:
-            watch.say("done " + json.dumps({"error": f"{type(error).__name__}: {error}"}))
-        finally:
-            os._exit(0)
-    os.close(write_end)
-    highest: dict[str, int] = {}
-    phase, start, text = "-", 0, ""
-    while True:
-        if phase != "-":
-            highest[phase] = max(highest.get(phase, 0), anonymous_bytes(child) - start)
-        if not select.select([read_end], [], [], 0.001)[0]:
-            continue
-        more = os.read(read_end, 65536).decode()
-        text += more
-        *lines, text = text.split("\n")
-        for line in lines:
-            word, _, rest = line.partition(" ")
-            if word == "done":
-                os.close(read_end)
-                os.waitpid(child, 0)
-                return json.loads(rest), highest
-            phase, start = word, int(rest or 0)
-        if not more:
-            raise SystemExit("A process ended without a result; too little memory?")
-
-
 def measured(name: str, slot: str, shown: str, case: Case, plain: Case) -> Cost | str:
     """One line, or why there is none."""
     fit, prepare, count = case
@@ -384,6 +317,26 @@ HEAD = (
 )
 
 
+TITLES = "method | slot | fit s | classes s | use ms | x plain | scores ms | fit MiB | use MiB | plain MiB | settings"
+ESCAPED = "\\|"
+MADE_WITH = "Made with `python tests/benchmarks/addon_costs.py --data $VLKIT_DATA --out FILE.md`, model {}."
+
+
+def write_table(path: Path, model: str, costs: Sequence[Cost], failed: Sequence[str]) -> None:
+    """The lines as Markdown, below what this script says of them."""
+    encoder = "`local-dir:tests/data/encoder`" if model.endswith(f":{ENCODER}") else f"`{model}`"
+    about = (__doc__ or "").split("\n\n")
+    lines = [f"# {about[0]}", "", MADE_WITH.format(encoder), "", *"\n\n".join(about[2:]).strip().split("\n"), ""]
+    lines += [f"| {TITLES} |", "|---|---|" + "---:|" * 8 + "---|"]
+    for cost in costs:
+        memory = ["" if size is None else f"{size:.0f}" for size in (cost.fit_mib, cost.use_mib, cost.plain_mib)]
+        times = (f"{cost.fit_s:.2f}", f"{cost.classes_s:.2f}", f"{cost.use_ms:.2f}", f"{cost.ratio:.2f}")
+        cells = (f"`{cost.method}`", cost.slot, *times, f"{cost.scores_ms:.2f}", *memory, cost.settings)
+        lines.append(f"| {' | '.join(cell.replace('|', ESCAPED) for cell in cells)} |")
+    lines += ["", *(f"Left out: {reason}" for reason in failed)]
+    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -391,15 +344,19 @@ def main() -> None:
     )
     parser.add_argument("--model", default=f"local-dir:{ENCODER}")
     parser.add_argument("--methods", help="some of them, with commas")
-    parser.add_argument("--part", default="1/1", help="of the list, e.g. 2/4")
     parser.add_argument("--json", action="store_true", help="one object a line")
+    parser.add_argument("--out", type=Path, help="Markdown file to write the table into, when all are measured")
     arguments = parser.parse_args()
     if arguments.data is None:
         print("left out: name --data, or set VLKIT_DATA to the folder of the data sets")
         return
     torch.set_num_threads(1)  # no thread outlives the fork
-    part, parts = (int(number) for number in arguments.part.split("/"))
-    names = arguments.methods.split(",") if arguments.methods else all_names()[part - 1 :: parts]
+    names = arguments.methods.split(",") if arguments.methods else all_names()
+    if unknown := sorted(set(names) - set(all_names())):
+        parser.error(f"nothing to measure: {', '.join(unknown)}; there are {', '.join(all_names())}")
+    if arguments.out and not arguments.out.parent.is_dir():
+        parser.error(f"there is no folder {arguments.out.parent}")
+    costs, failed = [], []
     with tempfile.TemporaryDirectory() as files:
         setting = read(arguments.model, arguments.data, Path(files))
         if not arguments.json:
@@ -407,9 +364,13 @@ def main() -> None:
         for name, slot, words, case in cases(names, setting):
             line = measured(name, slot, words, case, plain_case(name, slot, setting))
             if isinstance(line, str):
+                failed.append(f"{name}: {line}")
                 print(json.dumps({"method": name, "left_out": line}) if arguments.json else f"{name:<22} {line}")
             else:
+                costs.append(line)
                 print(json.dumps(line._asdict()) if arguments.json else shown(line), flush=True)
+    if arguments.out:
+        write_table(arguments.out, arguments.model, costs, failed)
 
 
 if __name__ == "__main__":

@@ -259,6 +259,7 @@ def composed(source: FeatureSource, data: Path, options: argparse.Namespace) -> 
 
 
 CROPS = "plain: the boxes cut out; sees the test texts"
+HEAD = "its head trained on Flickr8k's training images"
 
 
 def captions_of(source: FeatureSource, data: Path) -> Reference:
@@ -271,7 +272,7 @@ def pacl(source: FeatureSource, data: Path, options: argparse.Namespace) -> Iter
     scenes = read_instances(data / "coco_small")
     evaluator = SegmentationEvaluator(some_of(scenes))
     plain, found = evaluator.run(source), evaluator.run(source, Pipeline([addon]).fit(Reference(), source))
-    yield segmented("pacl", plain, found)
+    yield segmented("pacl", plain, found, HEAD)
     records = [record for record in read_source(str(data / "flickr8k")).records if record.captions]
     passes = Passes(source, local=True, workers=1)
     bench = retrieval_bench(passes, [r for r in records if r.split == "test" or r.key == records[0].key], on="test")
@@ -279,7 +280,7 @@ def pacl(source: FeatureSource, data: Path, options: argparse.Namespace) -> Iter
     both = [retrieval.run(source, one) for one in (PLAIN, Pipeline([addon]).fit(Reference(task="retrieval"), source))]
     for direction in ("text_to_image", "image_to_text"):
         before, after = (recalled(one, direction) for one in both)
-        yield compared("pacl", "Flickr8k", "", before, after, f"{direction.replace('_', ' ')} R@10")
+        yield compared("pacl", "Flickr8k", "", before, after, f"{direction.replace('_', ' ')} R@10", note=HEAD)
 
 
 def recalled(evaluation: Evaluation, direction: str) -> Hits:

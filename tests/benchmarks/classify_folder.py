@@ -2,8 +2,9 @@
 
     python tests/benchmarks/classify_folder.py IMAGES [--model run:DIR] [--num-images 200] [--pipeline 10] [--json]
 
-All use the same weights: a ViT-B-32 drawn at random and saved in a temporary folder, or a trained run by --model
-(without the pipeline, unless it is a ViT-B-32). What is timed begins when the model is loaded: class prompts, images.
+All use the same weights: a ViT-B-32 drawn at random and saved in a temporary folder, or a trained run by --model; the
+pipeline reads them as `vlkit export MODEL --to hf` writes them. What is timed begins when the model is loaded: class
+prompts, images.
 The loop: pillow, open_clip's transform, batches of 64, open_clip's classifier builder with the same template. Class
 weights are timed apart, with 80 templates. vlkit starts from an empty cache, runs a second time, and a third time with
 other classes; what each run encodes is counted where pixels and tokens enter the towers, by hooks of torch.
@@ -129,69 +130,23 @@ def open_clip_run(folder: Path, paths: Sequence[Path], classes: Sequence[str]) -
     return Run(built - began, time.perf_counter() - built, best)
 
 
-def pipeline_seconds(folder: Path, paths: Sequence[Path], classes: Sequence[str]) -> float:
-    """Seconds of the transformers pipeline with the same weights."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, pipeline
+def pipeline_run(name: str, paths: Sequence[Path], classes: Sequence[str]) -> tuple[float, list[int]]:
+    """Seconds of the transformers pipeline with the same weights, and its classes."""
+    from transformers import pipeline
 
-    model, transform, _ = open_clip_model(folder)
-    converted: Any = CLIPModel(CLIPConfig(text_config={"hidden_act": "gelu", "eos_token_id": 49407},
-                                     vision_config={"hidden_act": "gelu"}))  # fmt: skip
-    converted.eval()
-    converted.load_state_dict(_for_transformers(model), strict=True)
-    pixels = transform(Image.open(paths[0]))[None]
-    with torch.inference_mode():
-        output = converted.get_image_features(pixel_values=pixels)
-        features = getattr(output, "pooler_output", output)  # transformers 5 wraps it
-        own = model.encode_image(pixels)
-    assert torch.cosine_similarity(features, own).item() > 0.999, "the conversion went wrong"
-    tokenizer = CLIPTokenizer(*_vocabulary(folder))
-    classify = pipeline("zero-shot-image-classification", model=converted, tokenizer=tokenizer,
-                        image_processor=CLIPImageProcessor(), device="cpu")  # fmt: skip
+    from vlkit.models.export import export_hf
+    from vlkit.models.load import load_encoder
+
+    with tempfile.TemporaryDirectory() as exported:
+        export_hf(load_encoder(name), Path(exported) / "model")
+        classify: Any = pipeline("zero-shot-image-classification", model=f"{exported}/model", device="cpu")
+    index = {shown: number for number, shown in enumerate(classes)}
+    best = []
     began = time.perf_counter()
     for path in paths:
-        classify(str(path), candidate_labels=list(classes), hypothesis_template=TEMPLATE)
-    return time.perf_counter() - began
-
-
-def _vocabulary(folder: Path) -> tuple[Any, Any]:
-    """open_clip's byte pairs in the two pieces transformers reads."""
-    from open_clip.tokenizer import SimpleTokenizer
-
-    own = SimpleTokenizer()
-    encoder = {{"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}.get(k, k): v
-               for k, v in own.encoder.items()}  # fmt: skip
-    return encoder, [pair for pair, _ in sorted(own.bpe_ranks.items(), key=lambda item: item[1])]
-
-
-def _for_transformers(model: Any) -> dict[str, Tensor]:
-    """open_clip's CLIP weights under the names of transformers' CLIPModel."""
-    found: dict[str, Tensor] = {"logit_scale": model.logit_scale.data}
-    visual, text = model.visual, model.text if hasattr(model, "text") else model
-    found["vision_model.embeddings.class_embedding"] = visual.class_embedding.data
-    found["vision_model.embeddings.patch_embedding.weight"] = visual.conv1.weight.data
-    found["vision_model.embeddings.position_embedding.weight"] = visual.positional_embedding.data
-    found["visual_projection.weight"] = visual.proj.data.T.contiguous()
-    found["text_model.embeddings.token_embedding.weight"] = text.token_embedding.weight.data
-    found["text_model.embeddings.position_embedding.weight"] = text.positional_embedding.data
-    found["text_projection.weight"] = text.text_projection.data.T.contiguous()
-    norms = {
-        "vision_model.pre_layrnorm": visual.ln_pre,
-        "vision_model.post_layernorm": visual.ln_post,
-        "text_model.final_layer_norm": text.ln_final,
-    }
-    for tower, blocks in (("vision", visual.transformer.resblocks), ("text", text.transformer.resblocks)):
-        for number, block in enumerate(blocks):
-            at = f"{tower}_model.encoder.layers.{number}"
-            norms |= {f"{at}.layer_norm1": block.ln_1, f"{at}.layer_norm2": block.ln_2}
-            norms |= {f"{at}.mlp.fc1": block.mlp.c_fc, f"{at}.mlp.fc2": block.mlp.c_proj}
-            norms[f"{at}.self_attn.out_proj"] = block.attn.out_proj
-            for kind in ("weight", "bias"):
-                parts = getattr(block.attn, f"in_proj_{kind}").data.chunk(3)
-                for letter, part in zip("qkv", parts, strict=True):
-                    found[f"{at}.self_attn.{letter}_proj.{kind}"] = part.clone()
-    for name, module in norms.items():
-        found[f"{name}.weight"], found[f"{name}.bias"] = module.weight.data, module.bias.data
-    return found
+        found = classify(str(path), candidate_labels=list(classes), hypothesis_template=TEMPLATE)
+        best.append(index[found[0]["label"]])
+    return time.perf_counter() - began, best
 
 
 def class_weight_seconds(name: str, folder: Path, classes: Sequence[str], precision: Any) -> tuple[float, float]:
@@ -245,9 +200,11 @@ def compare(name: str, folder: Path, paths: Sequence[Path], arguments: argparse.
         yield Line(f"{which}: images encoded", f"{case}; {run.again} again in fp32", run.encoded[0], None, None, "")
         yield Line(f"{which}: texts encoded", case, run.encoded[1], None, None, "")
     if arguments.pipeline:
-        seconds = pipeline_seconds(folder, paths[: arguments.pipeline], classes)
+        seconds, found = pipeline_run(name, paths[: arguments.pipeline], classes)
         shown = f"{case}, transformers pipeline on {arguments.pipeline}"
         yield _line("classify, all in", shown, rate(ours, True), arguments.pipeline / seconds, "images/s")
+        equal = sum(a == b for a, b in zip(ours.best, found, strict=False)) / len(found)
+        yield Line("equal top-1", shown, equal, None, None, "share")
     if arguments.weight_classes:
         mine, theirs = class_weight_seconds(name, folder, classes[: arguments.weight_classes], arguments.precision)
         yield _line("class weights", f"{arguments.weight_classes} classes x 80 templates", mine, theirs, "s")

@@ -10,7 +10,6 @@ keeps 36 GiB at 65536. Forward and backward at 65536 are 1.8e13 operations in ou
 """
 
 import argparse
-import ctypes
 import json
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from process_memory import resident_bytes, saved_bytes
 from torch import Tensor
 
 WIDTH = 512
@@ -59,29 +59,9 @@ def make_inputs(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return image, text, torch.tensor(20.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
 
 
-def saved_bytes(loss: Loss, rows: int) -> int:
-    """Bytes of the distinct storages that autograd keeps, those of the inputs left out."""
+def kept_for_backward(loss: Loss, rows: int) -> int:
     inputs = make_inputs(rows)
-    given = {value.untyped_storage().data_ptr() for value in inputs}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        value = loss(*inputs)
-    del value
-    return sum(kept.values())
-
-
-def resident() -> int:
-    """Bytes of this process in memory, after what was freed has been given back."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    with open("/proc/self/status", encoding="ascii") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
+    return saved_bytes(lambda: loss(*inputs), inputs)
 
 
 def resident_between(whose: str, kind: str, rows: int) -> int:
@@ -95,9 +75,9 @@ def measure_resident(whose: str, kind: str, rows: int) -> None:
     loss = our_loss(kind) if whose == "ours" else their_loss(kind)
     loss(*make_inputs(64)).backward()  # what is loaded on first use is not what the loss keeps
     inputs = make_inputs(rows)
-    before = resident()
+    before = resident_bytes()
     value = loss(*inputs)
-    print(resident() - before)
+    print(resident_bytes() - before)
     assert value.requires_grad
 
 
@@ -127,7 +107,7 @@ def measure(kind: str, rows: int, with_peer: bool, what: list[str]) -> Iterator[
     if "time" in what:
         yield line("forward and backward", *seconds_in_turn(ours, theirs, rows), "s")
     if "saved" in what:
-        saved = [saved_bytes(loss, rows) / MIB for loss in (ours, theirs) if loss is not None]
+        saved = [kept_for_backward(loss, rows) / MIB for loss in (ours, theirs) if loss is not None]
         yield line("kept, saved tensors", saved[0], saved[1] if with_peer else None, "MiB")
     if "resident" in what:
         grown = [resident_between(whose, kind, rows) / MIB for whose in ("ours", "theirs")[: 1 + with_peer]]

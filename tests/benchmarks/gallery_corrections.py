@@ -6,8 +6,9 @@ Banks are the images and captions of the training split. For each method and dir
 recall@10 on the dev split (the first of equal ones) is taken, and measured once on the test split: recall@1, 5 and 10,
 and the paired difference to the plain ranking, its interval over images with all their captions. `skew` is that of how
 often each gallery item stands among the ten best: what hubs do to a ranking. "bank of the test queries" sees what no
-row may see, and tells how much there is to gain from a perfect bank. TTA has nothing to choose; TTA + DN takes
-means over 500 training images in ten views.
+row may see, and tells how much there is to gain from a perfect bank. `tta` (with `--methods ...,tta`) has nothing to
+choose; `tta + X` is method X on averaged views, its setting chosen anew on dev in these views; of the training images
+its bank has 500, in ten views, and the captions of all.
 """
 
 import argparse
@@ -20,9 +21,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from eval.metrics import RetrievalRanks, hit_probability, paired_difference
-from eval.with_addons import ranks_of
+from eval.metrics import Ranks, hit_probability, paired_difference
+from eval.with_addons import directed_ranks
 from vlkit.addons.adapt import captioned_reference
+from vlkit.addons.adapted import Direction
+from vlkit.addons.base import AddOn
 from vlkit.addons.exchange import Vectors
 from vlkit.addons.feature_maps.tta import AveragedViews
 from vlkit.addons.passes import Passes
@@ -36,7 +39,7 @@ from vlkit.features.cache import FeatureCache
 from vlkit.features.source import FeatureSource, open_source
 
 KS = (1, 5, 10)
-DIRECTIONS = {"text_to_image": "image", "image_to_text": "text"}  # and the gallery of each
+DIRECTIONS: dict[Direction, str] = {"text_to_image": "image", "image_to_text": "text"}  # and the gallery of each
 ENCODER = Path(__file__).parents[1] / "data" / "encoder"
 NUM_WITH_VIEWS = 500
 
@@ -50,7 +53,7 @@ def grid(**choices: Sequence[Any]) -> list[Settings]:
 
 GRIDS: dict[str, list[Settings]] = {
     "mean": grid(lam=(0.25, 0.5, 0.75, 1.0)),
-    "top_k_mean": grid(alpha=(0.25, 0.5, 0.75, 1.0), k=(1, 4, 16, 64, 128, 512)),
+    "top_k_mean": grid(alpha=(0.25, 0.5, 0.75, 1.0), k=(1, 4, 16, 64, 128, 512, 2048)),
     "log_sum_exp": grid(beta=(5.0, 10.0, 20.0, 40.0, 80.0)),
     "qb_norm": grid(beta=(5.0, 20.0, 80.0), k=(1, 10)),
     "dual_is": grid(beta_gallery=(0.5, 5.0, 15.0), beta_queries=(10.0, 20.0, 40.0, 80.0)),
@@ -88,47 +91,62 @@ def features(passes: Passes, records: Sequence[Record], recipe: ViewRecipe | Non
     return Split(read.vectors, texts, torch.tensor(text_to_image(kept)))
 
 
-def ranked(pipeline: Pipeline, split: Split, source: FeatureSource) -> RetrievalRanks:
-    return ranks_of(pipeline.retrieval(split.images, split.texts, source), split.owners)
+def ranked(pipeline: Pipeline, split: Split, source: FeatureSource, direction: Direction) -> Ranks:
+    return directed_ranks(pipeline.retrieval(split.images, split.texts, source), split.owners, direction)
 
 
-def recall_at_10(ranks: RetrievalRanks, direction: str) -> float:
-    return hit_probability(getattr(ranks, direction), 10).mean().item()
+def recall_at_10(pipeline: Pipeline, split: Split, source: FeatureSource, direction: Direction) -> float:
+    return hit_probability(ranked(pipeline, split, source, direction), 10).mean().item()
 
 
-def chosen(name: str, reference: Reference, dev: Split, source: FeatureSource) -> Iterator[tuple[str, Pipeline, float]]:
-    """For each direction the best setting on dev, fitted, and its recall there."""
-    best: dict[str, tuple[Pipeline, float]] = {}
+def chosen(
+    name: str, reference: Reference, dev: Split, source: FeatureSource, before: Sequence[AddOn] = ()
+) -> Iterator[tuple[Direction, Pipeline, float]]:
+    """For each direction the best setting on dev, fitted behind other add-ons, and its recall there."""
     method: Any = find_method(name)
-    for settings in GRIDS[name]:
-        # One fitted bias serves both directions; InvGC must know which side is the gallery.
-        for sides in [{"gallery": side} for side in DIRECTIONS.values()] if name == "inv_gc" else [{}]:
-            pipeline = Pipeline([method(**settings, **sides)]).fit(reference, source)
-            ranks = ranked(pipeline, dev, source)
-            for direction, side in DIRECTIONS.items():
-                value = recall_at_10(ranks, direction)
-                if sides.get("gallery", side) == side and (direction not in best or value > best[direction][1]):
-                    best[direction] = (pipeline, value)
-    for direction, (pipeline, value) in best.items():
-        yield direction, pipeline, value
+    for direction, gallery in DIRECTIONS.items():
+        best: tuple[Pipeline, float] | None = None
+        # InvGC must know which side is the gallery.
+        side = {"gallery": gallery} if name == "inv_gc" else {}
+        bank = (
+            queries_alone(reference, direction)
+            if method.slot == "gallery_bias" and "captions" in method.uses
+            else reference
+        )
+        for settings in GRIDS[name]:
+            if name == "top_k_mean" and settings["k"] > len(bank.captions or bank.images or ()):
+                continue
+            pipeline = Pipeline([*before, method(**settings, **side)]).fit(bank, source)
+            value = recall_at_10(pipeline, dev, source, direction)
+            if best is None or value > best[1]:
+                best = (pipeline, value)
+        assert best is not None
+        yield direction, *best
 
 
-def skew(pipeline: Pipeline, split: Split, source: FeatureSource, direction: str) -> float:
+def queries_alone(reference: Reference, direction: Direction) -> Reference:
+    """The bank of one direction."""
+    if direction == "text_to_image":
+        return replace(reference, images=None)
+    return replace(reference, captions=None)
+
+
+def skew(pipeline: Pipeline, split: Split, source: FeatureSource, direction: Direction) -> float:
     """Skewness of how often gallery items are among the ten best."""
     scored = pipeline.retrieval(split.images, split.texts, source)
     size = len(split.images if direction == "text_to_image" else split.texts)
     counts = torch.zeros(size, dtype=torch.float64)
-    for scores in scored.scores(direction):  # type: ignore[arg-type]
+    for scores in scored.scores(direction):
         counts += torch.bincount(scores.topk(10).indices.flatten(), minlength=size)
     away = counts - counts.mean()
     return (away.pow(3).mean() / away.square().mean().pow(1.5)).item()
 
 
 def measured(
-    method: str, direction: str, pipeline: Pipeline, value: float | None, test: Split, source: FeatureSource
+    method: str, direction: Direction, pipeline: Pipeline, value: float | None, test: Split, source: FeatureSource
 ) -> Row:
     """On the test split, beside plain."""
-    plain, ranks = (getattr(ranked(one, test, source), direction) for one in (PLAIN, pipeline))
+    plain, ranks = (ranked(one, test, source, direction) for one in (PLAIN, pipeline))
     units = torch.arange(len(test.images)) if direction == "image_to_text" else test.owners
     recall, differences = {}, {}
     for k in KS:
@@ -154,32 +172,48 @@ def rows(model: str, data: Path, methods: Sequence[str]) -> Iterator[Row]:
     # From here on nothing is chosen.
     test = features(passes, records["test"])
     for direction in DIRECTIONS:
-        yield measured("plain", direction, PLAIN, recall_at_10(ranked(PLAIN, dev, source), direction), test, source)
+        yield measured("plain", direction, PLAIN, recall_at_10(PLAIN, dev, source, direction), test, source)
         for name in fixed:
             pipeline, value = next((one, value) for where, one, value in fixed[name] if where == direction)
             yield measured(name, direction, pipeline, value, test, source)
             if name == "top_k_mean":
-                seen = replace(pipeline.addons[0], images=test.images.pooled, texts=test.texts.pooled)  # type: ignore[call-arg]
-                yield measured(f"{name}, bank of the test queries", direction, Pipeline([seen]), None, test, source)
-    if "tta" in methods and "distribution_norm" in fixed:
-        yield from with_views(passes, records, fixed["distribution_norm"], source)
+                seen = bank_of_the_test_queries(pipeline, test)
+                yield measured(f"{name}, bank of the test queries", direction, seen, None, test, source)
+    if "tta" in methods:
+        yield from with_views(passes, records, list(fixed), reference, source)
+
+
+def bank_of_the_test_queries(pipeline: Pipeline, test: Split) -> Pipeline:
+    """NNN with a bank that no method may see."""
+    (addon,) = pipeline.addons
+    k = min(addon.settings()["k"], len(test.images))
+    return Pipeline([replace(addon, k=k, images=test.images.pooled, texts=test.texts.pooled)])  # type: ignore[call-arg]
 
 
 def with_views(
     passes: Passes,
     records: Mapping[str, Sequence[Record]],
-    fixed: Sequence[tuple[str, Pipeline, float]],
+    names: Sequence[str],
+    reference: Reference,
     source: FeatureSource,
 ) -> Iterator[Row]:
-    """TTA, and TTA + DN with the setting DN has."""
+    """TTA, and each method behind it."""
     some, _ = captioned_reference(passes, records["train"][:: len(records["train"]) // NUM_WITH_VIEWS])
-    views = features(passes, records["test"], TEST_VIEWS)
+    assert reference.captions is not None
+    bank = replace(some, captions=replace(reference.captions, image_row=None))
+    dev = features(passes, records["dev"], TEST_VIEWS)
+    fixed = [("tta", *one) for one in _unchosen(Pipeline([AveragedViews()]).fit(bank, source), dev, source)]
+    for name in names:
+        fixed += [(f"tta + {name}", *one) for one in chosen(name, bank, dev, source, [AveragedViews()])]
+    # From here on nothing is chosen.
+    test = features(passes, records["test"], TEST_VIEWS)
+    for name, direction, pipeline, value in fixed:
+        yield measured(name, direction, pipeline, value, test, source)
+
+
+def _unchosen(pipeline: Pipeline, dev: Split, source: FeatureSource) -> Iterator[tuple[Direction, Pipeline, float]]:
     for direction in DIRECTIONS:
-        dn = next(one.addons[0].settings() for where, one, _ in fixed if where == direction)
-        alone = Pipeline([AveragedViews()]).fit(some, source)
-        both = Pipeline([AveragedViews(), find_method("distribution_norm")(**dn)]).fit(some, source)
-        for name, pipeline in (("tta", alone), ("tta + distribution_norm", both)):
-            yield measured(name, direction, pipeline, None, views, source)
+        yield direction, pipeline, recall_at_10(pipeline, dev, source, direction)
 
 
 def shown(row: Row) -> str:

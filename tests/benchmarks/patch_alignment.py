@@ -10,7 +10,6 @@ its own reaches above its inputs (on a GPU: the allocator's peak).
 """
 
 import argparse
-import ctypes
 import json
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from process_memory import peak_rise, saved_bytes
 from torch import Tensor
 
 from vlkit.losses.patch_alignment import patch_alignment_loss
@@ -62,21 +62,9 @@ def make_inputs(rows: int, options: argparse.Namespace) -> tuple[Tensor, Tensor,
     return patches, text, torch.tensor(20.0, device=options.device)
 
 
-def saved_bytes(loss: Loss, rows: int, options: argparse.Namespace) -> int:
+def kept_for_backward(loss: Loss, rows: int, options: argparse.Namespace) -> int:
     inputs = make_inputs(rows, options)
-    given = {value.untyped_storage().data_ptr() for value in inputs}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        value = loss(*inputs)
-    del value
-    return sum(kept.values())
+    return saved_bytes(lambda: loss(*inputs), inputs)
 
 
 def peak_alone(form: str, rows: int, options: argparse.Namespace) -> int:
@@ -98,18 +86,7 @@ def measure_peak(form: str, rows: int, options: argparse.Namespace) -> None:
         loss(*inputs).backward()
         print(torch.cuda.max_memory_allocated() - before)
         return
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed is given back
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")  # the highest resident size counts from here
-    before = status_bytes("VmRSS")
-    loss(*inputs).backward()
-    print(status_bytes("VmHWM") - before)
-
-
-def status_bytes(name: str) -> int:
-    """A line of this process's status on Linux."""
-    with open("/proc/self/status", encoding="ascii") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
+    print(peak_rise(lambda: loss(*inputs).backward()))
 
 
 def seconds_in_turn(rows: int, options: argparse.Namespace) -> dict[str, float]:
@@ -145,7 +122,7 @@ def measure(rows: int, options: argparse.Namespace) -> Iterator[Line]:
 
     seconds = seconds_in_turn(rows, options)
     yield line("forward and backward", seconds["gram"], seconds["pooled"], "s")
-    saved = {form: saved_bytes(loss, rows, options) / MIB for form, loss in FORMS.items()}
+    saved = {form: kept_for_backward(loss, rows, options) / MIB for form, loss in FORMS.items()}
     yield line("kept for backward", saved["gram"], saved["pooled"], "MiB")
     peak = {form: peak_alone(form, rows, options) / MIB for form in FORMS}
     yield line("peak above inputs", peak["gram"], peak["pooled"], "MiB")

@@ -11,18 +11,17 @@ Memory is measured twice in a step: the tensors autograd keeps for backward, and
 """
 
 import argparse
-import ctypes
 import json
 import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from process_memory import peak_rise, saved_bytes
 from torch import Tensor
 
 from vlkit.addons.base import Fitted
@@ -40,6 +39,7 @@ from vlkit.features.model_card import card_of
 from vlkit.features.source import CachedEmbedder, open_source
 
 POOL, VIEWS, TUNING_LR = 64, 64, 5e-3
+MIB = 1 << 20
 FIRST = ("red", "old", "small", "round", "wild", "wooden", "tall", "grey", "young", "flat")
 SECOND = ("boat", "house", "tree", "horse", "lamp", "bird", "bottle", "bridge", "flower", "car")
 Values = Mapping[str, Tensor]
@@ -296,34 +296,6 @@ def loops(name: str, case: Case) -> dict[str, Loop]:
     return both
 
 
-def kept_for_backward(work: Callable[[], object]) -> float:
-    """MiB of tensors between forward and backward, each storage once."""
-    storages: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        work()
-    return sum(storages.values()) / 2**20
-
-
-def peak_rise(work: Callable[[], object]) -> float:
-    """MiB by which resident memory rises above what it is now."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the highest value so far is forgotten
-    before = _status("VmRSS")
-    work()
-    return (_status("VmHWM") - before) / 1024
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
 def measure(name: str, case: Case, steps: int, warm_up: int) -> list[dict[str, Any]]:
     """A line for each loop."""
     random = torch.Generator().manual_seed(1)
@@ -340,8 +312,8 @@ def measure(name: str, case: Case, steps: int, warm_up: int) -> list[dict[str, A
                 seen[kind].append(loop.step(rows))
                 times[kind] += [time.perf_counter() - began] if step >= warm_up else []
         works: dict[str, Callable[[], object]] = {kind: lambda one=loop: one.step(rows) for kind, loop in both.items()}  # type: ignore[misc]
-        kept = {kind: kept_for_backward(work) for kind, work in works.items()}
-        peak = {kind: peak_rise(work) for kind, work in works.items()}
+        kept = {kind: saved_bytes(work) / MIB for kind, work in works.items()}
+        peak = {kind: peak_rise(work) / MIB for kind, work in works.items()}
     plain = torch.stack(seen["plain loop"])
     return [
         {

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from process_memory import peak_bytes, watch_peak
 from torch import Tensor
 
 WIDTH = 512
@@ -124,12 +125,11 @@ def run_alone(whose: str, num_texts: int, num_images: int, threads: int) -> None
     torch.set_num_threads(threads)
     RUNS[whose](make_features(640, 130))  # what is loaded on first use
     features = make_features(num_texts, num_images)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    held = _status("VmRSS")
+    held = watch_peak()
     began = time.perf_counter()
     values = RUNS[whose](features)
     seconds = time.perf_counter() - began
-    peak = _status("VmHWM")
+    peak = peak_bytes()
     print(json.dumps({"seconds": seconds, "above": (peak - held) / MIB, "peak": peak / MIB, "values": values}))
 
 
@@ -229,11 +229,6 @@ def _our_names(found: dict[str, float]) -> dict[str, float]:
     """image_retrieval looks for images, from a text."""
     names = {"image_retrieval_": "text_to_image/", "text_retrieval_": "image_to_text/"}
     return {new + key.removeprefix(old): v for key, v in found.items() for old, new in names.items() if old in key}
-
-
-def _status(name: str) -> int:
-    with open("/proc/self/status", encoding="ascii") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
 
 
 def main() -> None:

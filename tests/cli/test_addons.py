@@ -116,6 +116,7 @@ def test_adapt_says_what_is_wrong(call_vlkit: Callable[..., Any], model: str, pi
     wordnet.mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(wordnet / "a.png")
     assert "are WordNet ids (such as n01440764)" in told("tip_adapter", data=wordnet.parent)
+    assert "neither classes nor captions to fit on" in told("tip_adapter", data=wordnet)
 
 
 def test_a_bias_is_fitted_on_train_and_measured_on_test(
@@ -159,6 +160,19 @@ def test_leaderboard_of_classes_and_of_captions(
     assert board["bench"]["task"] == "retrieval"
     assert {row["name"] for row in board["rows"]} == {"plain", "mean"}
     assert "not for retrieval" in board["left_out"]["templates"]
+
+
+def test_the_leaderboard_says_what_is_wrong(call_vlkit: Callable[..., Any], model: str, pictures: Path) -> None:
+    def told(data: str, *extra: object) -> str:
+        done = call_vlkit("eval", "addons", "--model", model, "--data", pictures / data, "--shots", 3, *extra)
+        assert done.code == 1, done.out
+        return str(done.err)
+
+    refused = told("classes", "--addon", "weicom", "--addon", "templates:templates=unknown")
+    assert "weicom is for retrieval" in refused and "neither a set" in refused
+    assert "Nothing that --addon names can be used" in refused
+    assert "--on is for captioned images" in told("classes", "--on", "dev", "--addon", "mean")
+    assert "are for classes, but" in told("captions.csv", "--exclude", "a", "--addon", "mean")
 
 
 def test_retrieve_with_a_saved_bias(call_vlkit: Callable[..., Any], model: str, pictures: Path, tmp_path: Path) -> None:

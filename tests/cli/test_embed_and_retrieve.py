@@ -161,7 +161,10 @@ def test_classification_on_stored_features(
     direct, stored = (json.loads(line) for line in out.read_text().splitlines())
     assert stored["counts"] == direct["counts"] and stored["left_out"] == direct["left_out"]
     assert stored["metrics"] == pytest.approx(direct["metrics"], abs=1e-3)
-    assert stored["protocol"].pop("features") == "stored as fp16" and stored["protocol"] == direct["protocol"]
+    assert stored["protocol"].pop("features") == "stored as fp16"
+    # Rounded features may change a number, so the two are told apart.
+    assert stored["protocol"].pop("fingerprint") != direct["protocol"].pop("fingerprint")
+    assert stored["protocol"] == direct["protocol"]
 
 
 def test_embed_names_what_it_could_not_read(call_vlkit: CALL, models: list[str], photos: Path, tmp_path: Path) -> None:

@@ -7,26 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 CALLS = Callable[..., Any]
-ARCHITECTURE = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from vlkit.models.open_clip_encoder import build_encoder
-    from vlkit.models.saved import save_encoder
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    save_encoder(build_encoder(ARCHITECTURE), folder)
-    return f"local-dir:{folder}"
+def model(models: list[str]) -> str:
+    return models[0]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +41,9 @@ def test_two_addons_are_compared_image_by_image(model: str, data: Path, tmp_path
                             "--json")  # fmt: skip
         assert called.code == 0, called.err
         lines.append(json.loads(called.out))
+    for fact in ("fingerprint", "data_hash"):  # whose equality says that they may be compared
+        assert lines[0]["protocol"][fact] == lines[1]["protocol"][fact] and len(lines[0]["protocol"][fact]) == 12
+    assert lines[0]["protocol"]["precision"] == "fp32"
     compared = call_vlkit("eval", "compare", f"{out}#1", f"{out}#2", "--json")
     assert compared.code == 0, compared.err
     found = json.loads(compared.out)
@@ -64,6 +55,9 @@ def test_two_addons_are_compared_image_by_image(model: str, data: Path, tmp_path
     page = call_vlkit("eval", "report", out, "--out", tmp_path / "page", "--json")
     assert page.code == 0, page.err
     assert len([path for path in json.loads(page.out)["files"] if path.endswith("confusion_matrix.png")]) == 2
+    shown = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    fingerprints = shown[shown.index("<h2>Fingerprints") :]
+    assert lines[0]["protocol"]["fingerprint"] in fingerprints and "<td></td>" not in fingerprints
     # A table that another evaluation was written over is no longer that of the first line.
     from_folds = ["--out", out, "--per-item", tmp_path / "items" / "plain.parquet", "--exclude", "ant"]
     assert call_vlkit("eval", "classification", "--model", model, "--data", data / "photos", *from_folds).code == 0

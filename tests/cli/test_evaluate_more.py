@@ -151,7 +151,7 @@ def test_multi_label_data_take_their_own_templates(model: str, tmp_path: Path, c
     [
         (["knn", "-k", "500"], "k is 500, but there are"),
         (["knn", "-k", "few"], "-k 'few': expected whole numbers"),
-        (["ood"], "Outside sets []: expected at least one"),
+        (["ood"], "no outside set. Give at least one with --near"),
         (["image-caption-choice", "--form", "winogruond"], "Did you mean winoground?"),
         (["base-to-new", "--exclude", "cta"], "No data set has a class folder 'cta' to exclude. Did you mean cat?"),
         (["caption-judgement"], "holds neither ExpertAnnotations.txt nor"),

@@ -12,29 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-ARCHITECTURE = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
 HOSTILE = "</td><script>document.title='ran'</script><img src=x onerror=\"document.title='ran'\">"
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    from vlkit.models.open_clip_encoder import build_encoder
-    from vlkit.models.saved import save_encoder
-
-    names = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        folder = tmp_path_factory.mktemp(f"model_{seed}")
-        save_encoder(build_encoder(ARCHITECTURE), folder)
-        names.append(f"local-dir:{folder}")
-    return names
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +76,8 @@ def test_suite_compare_and_report(
     assert [(line["protocol"]["name"], line["protocol"]["precision"]) for line in lines] == [
         ("cifar10-18", "fp32"), ("wds/pairs", "fp32"), ("wds/voc", "fp32")] * 2  # fmt: skip
     assert lines[2]["task"] == "multi-label" and lines[2]["counts"]["classes"] == 3
+    listed = json.loads(call_vlkit("protocols", "cifar10-18", "--json").out)
+    assert listed["fingerprint"] == lines[0]["protocol"]["fingerprint"]
     again = call_vlkit(*suite)
     assert again.code == 0 and again.err.count("already there") == 6 and "mean_recall@1" in again.out
     assert len(lines_of(tmp_path / "r")) == 6

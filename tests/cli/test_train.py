@@ -5,10 +5,9 @@ import json
 import os
 import re
 import signal
-import tarfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +52,19 @@ every = "3 steps"
 """
 
 
+def files_of(shard: int) -> Iterator[tuple[str, bytes]]:
+    pixels = np.random.default_rng(shard)
+    for i in range(10):
+        picture = io.BytesIO()
+        Image.fromarray(pixels.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(picture, "PNG")
+        yield f"{shard}{i:05d}.png", picture.getvalue()
+        yield f"{shard}{i:05d}.txt", f"thing {shard} {i}".encode()
+
+
 @pytest.fixture
-def run_file(tmp_path: Path) -> Path:
-    (tmp_path / "shards").mkdir()
-    pixels = np.random.default_rng(0)
+def run_file(tmp_path: Path, write_tar: Callable[..., Path]) -> Path:
     for shard in range(2):
-        with tarfile.open(tmp_path / "shards" / f"{shard:05d}.tar", "w") as tar:
-            for i in range(10):
-                picture = io.BytesIO()
-                Image.fromarray(pixels.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(picture, "PNG")
-                for suffix, content in (("png", picture.getvalue()), ("txt", f"thing {shard} {i}".encode())):
-                    member = tarfile.TarInfo(f"{shard}{i:05d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+        write_tar(tmp_path / "shards" / f"{shard:05d}.tar", files_of(shard))
     path = tmp_path / "run.toml"
     path.write_text(RUN.format(folder=tmp_path))
     return path

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,6 @@ from vlkit.data.decode import decode_image, image_to_tensor, open_image
 from vlkit.data.randomness import generator
 from vlkit.data.resizing import Box
 from vlkit.errors import ConfigError
-
-
-def textured(width: int, height: int) -> Image.Image:
-    y, x = np.mgrid[0:height, 0:width].astype(float)
-    waves = [
-        127 + 60 * np.sin(x / a + y / b) + 50 * np.cos(x * y / c) for a, b, c in ((3, 7, 90), (11, 2, 300), (5, 5, 40))
-    ]
-    pixels = np.stack(waves, 2)
-    pixels[height // 3 : height // 2, width // 4 : width // 2] = (255, 0, 30)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 @given(
@@ -78,7 +69,7 @@ def jpeg(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def test_decoding_no_more_than_the_crop_needs_changes_little() -> None:
+def test_decoding_no_more_than_the_crop_needs_changes_little(textured: Callable[[int, int], Image.Image]) -> None:
     augment = Augment(crop_scale=(0.5, 1.0), hflip=0.5)
     for width, height in ((100, 80), (640, 480), (1024, 768)):
         data = jpeg(Image.fromarray(np.array(textured(25, 19).resize((width, height), Image.Resampling.BICUBIC))))
@@ -104,7 +95,7 @@ def test_a_shrunk_box_lies_inside_the_shrunk_image(top: int, left: int, box_heig
         assert abs(box.top * shrink - top) <= shrink and abs(box.left * shrink - left) <= shrink
 
 
-def test_augmentation_depends_on_the_generator_only() -> None:
+def test_augmentation_depends_on_the_generator_only(textured: Callable[[int, int], Image.Image]) -> None:
     image = image_to_tensor(textured(120, 90))
     augment = Augment((0.3, 1.0), hflip=0.5, color_jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.3)
     first = [augment.apply(image, 32, "bicubic", generator(0, 1, sample, "augment")) for sample in range(8)]
@@ -116,7 +107,7 @@ def test_augmentation_depends_on_the_generator_only() -> None:
     assert all(a.dtype == torch.uint8 and a.shape == (3, 32, 32) for a in first)
 
 
-def test_flip_and_grey_happen_as_often_as_asked() -> None:
+def test_flip_and_grey_happen_as_often_as_asked(textured: Callable[[int, int], Image.Image]) -> None:
     image = image_to_tensor(textured(32, 32))
     whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
     flip, grey = Augment(**whole, hflip=0.3), Augment(**whole, grayscale=0.7)  # type: ignore[arg-type]
@@ -132,7 +123,7 @@ def test_flip_and_grey_happen_as_often_as_asked() -> None:
 
 
 @pytest.mark.parametrize("which", range(4))
-def test_colour_jitter_changes_what_it_says(which: int) -> None:
+def test_colour_jitter_changes_what_it_says(which: int, textured: Callable[[int, int], Image.Image]) -> None:
     from torchvision.transforms.v2.functional import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
 
     image = image_to_tensor(textured(32, 32))

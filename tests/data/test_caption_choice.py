@@ -1,9 +1,8 @@
 """Fields by weight, sub-captions, templates; the texts of a sample follow from seed, epoch and its number."""
 
-import io
 import json
-import tarfile
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +23,11 @@ from vlkit.errors import DataError
 LONG = "A dog runs. It is brown! Is it fast? Yes.\nA tree stands behind it."
 
 
-def pack(folder: Path, *samples: dict[str, bytes]) -> Path:
-    with tarfile.open(folder / "0.tar", "w") as tar:
-        for number, files in enumerate(samples):
-            for suffix, content in {"jpg": b"x", **files}.items():
-                member = tarfile.TarInfo(f"{number:04}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return folder / "0.tar"
+def files_of(*samples: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    """Of a shard, each sample with an image."""
+    for number, files in enumerate(samples):
+        for suffix, content in {"jpg": b"x", **files}.items():
+            yield f"{number:04}.{suffix}", content
 
 
 def as_json(**values: object) -> bytes:
@@ -39,16 +35,14 @@ def as_json(**values: object) -> bytes:
 
 
 @pytest.fixture
-def shard(tmp_path: Path) -> ShardIndex:
-    return ShardIndex.open(
-        pack(
-            tmp_path,
-            {"txt": b"alt text", "json": as_json(caption="a", synthetic=["b", "c"], long=LONG)},
-            {"json": as_json(caption="only", synthetic="  ")},
-            {"json": as_json(synthetic=[3, None]), "cls": b"1"},
-            {"json": as_json(name="tench_fish"), "cls": b"7"},
-        )
+def shard(tmp_path: Path, write_tar: Callable[..., Path]) -> ShardIndex:
+    files = files_of(
+        {"txt": b"alt text", "json": as_json(caption="a", synthetic=["b", "c"], long=LONG)},
+        {"json": as_json(caption="only", synthetic="  ")},
+        {"json": as_json(synthetic=[3, None]), "cls": b"1"},
+        {"json": as_json(name="tench_fish"), "cls": b"7"},
     )
+    return ShardIndex.open(write_tar(tmp_path / "0.tar", files))
 
 
 def chosen(choice: CaptionChoice, shard: ShardIndex, i: int, epoch: int) -> list[str]:
@@ -124,8 +118,8 @@ def test_templates_name_the_class(shard: ShardIndex) -> None:
         chosen(both, shard, 0, 0)
 
 
-def test_token_ids_of_a_field_are_used(tmp_path: Path) -> None:
-    path = pack(tmp_path, {"json": as_json(caption="a", synthetic=["b", "c"])})
+def test_token_ids_of_a_field_are_used(tmp_path: Path, write_tar: Callable[..., Path]) -> None:
+    path = write_tar(tmp_path / "0.tar", files_of({"json": as_json(caption="a", synthetic=["b", "c"])}))
     write_index(path, {"bpe": [[[9]]], tokens_name("bpe", "synthetic"): [[[1, 2], [3]]]})
     shard = ShardIndex.open(path)
     found = CaptionChoice(per_image=3, fields=(("caption", 1.0), ("synthetic", 1.0))).texts(

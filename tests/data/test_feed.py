@@ -2,9 +2,8 @@
 
 import gc
 import io
-import multiprocessing
-import tarfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from vlkit.contracts import ImageTextBatch
 from vlkit.data.augment import Augment, decode_changed, decode_views
 from vlkit.data.decode import open_image
 from vlkit.data.loader import Loader
@@ -39,33 +37,22 @@ def encoded(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def write_shard(folder: Path, classes: dict[int, bytes]) -> ShardSet:
-    with tarfile.open(folder / "00000.tar", "w") as tar:
-        for number in range(COUNT):
-            files = {"jpg": encoded(picture(number)), "txt": f"picture {number}".encode()}
-            if number in classes:
-                files["cls"] = classes[number]
-            for suffix, content in files.items():
-                member = tarfile.TarInfo(f"{number:06}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return ShardSet.open(folder)
+def files_of(classes: dict[int, bytes]) -> Iterator[tuple[str, bytes]]:
+    """A shard's, in which some samples have a class."""
+    for number in range(COUNT):
+        yield f"{number:06}.jpg", encoded(picture(number))
+        yield f"{number:06}.txt", f"picture {number}".encode()
+        if number in classes:
+            yield f"{number:06}.cls", classes[number]
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    return write_shard(tmp_path_factory.mktemp("shards"), {0: b"7", 5: b"11"})
+def shards(tmp_path_factory: pytest.TempPathFactory, write_tar: Callable[..., Path]) -> ShardSet:
+    return ShardSet.open(write_tar(tmp_path_factory.mktemp("shards") / "00000.tar", files_of({0: b"7", 5: b"11"})))
 
 
 def make(shards: ShardSet, **settings: Any) -> Loader:
     return Loader(shards, TOKENIZER, **{"batch_size": 4, "preprocess": Preprocess(size=16), **settings})
-
-
-def assert_equal(ours: list[ImageTextBatch], theirs: list[ImageTextBatch]) -> None:
-    assert [batch.keys for batch in ours] == [batch.keys for batch in theirs]
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a.images, b.images) and torch.equal(a.tokens, b.tokens)
-        assert a.extra.keys() == b.extra.keys() and all(torch.equal(a.extra[name], b.extra[name]) for name in a.extra)
 
 
 def waits_for(condition: Any, seconds: float = 30.0) -> bool:
@@ -75,11 +62,7 @@ def waits_for(condition: Any, seconds: float = 30.0) -> bool:
     return bool(condition())
 
 
-def workers() -> set[int]:
-    return {child.pid for child in multiprocessing.active_children() if child.pid and "vlkit-data" in child.name}
-
-
-def test_the_next_epoch_is_read_while_this_one_ends(shards: ShardSet) -> None:
+def test_the_next_epoch_is_read_while_this_one_ends(shards: ShardSet, assert_equal: Callable[..., None]) -> None:
     settings: dict[str, Any] = {"augment": AUGMENT, "second_view": AUGMENT, "labels": True}
     alone = make(shards, **settings)
     with make(shards, workers=1, prefetch=2, **settings) as loader:
@@ -97,14 +80,14 @@ def test_the_next_epoch_is_read_while_this_one_ends(shards: ShardSet) -> None:
     assert_equal(again, second)
 
 
-def test_a_loader_nobody_holds_ends_its_workers(shards: ShardSet) -> None:
-    before = workers()
+def test_a_loader_nobody_holds_ends_its_workers(shards: ShardSet, worker_pids: Callable[[], set[int]]) -> None:
+    before = worker_pids()
     loader = make(shards, workers=1)
     list(loader.epoch(0))
-    assert len(workers() - before) == 1
+    assert len(worker_pids() - before) == 1
     del loader
     gc.collect()
-    assert waits_for(lambda: workers() == before)
+    assert waits_for(lambda: worker_pids() == before)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -174,13 +157,15 @@ def test_views_of_different_scale_share_no_decoding() -> None:
         assert torch.equal(made, decode_changed(image, choices, 32, "bicubic"))
 
 
-def test_labels_are_class_numbers_or_minus_one(tmp_path: Path, shards: ShardSet) -> None:
+def test_labels_are_class_numbers_or_minus_one(
+    tmp_path: Path, shards: ShardSet, write_tar: Callable[..., Path]
+) -> None:
     batches = list(make(shards, labels=True, shuffle=False, remainder="keep").epoch(0))
     labels = torch.cat([batch.extra["labels"] for batch in batches])
     assert labels.dtype == torch.int64 and len(labels) == 24
     assert labels.tolist() == [{0: 7, 5: 11}.get(number, -1) for number in range(24)]
     assert "labels" not in next(make(shards).epoch(0)).extra
-    damaged = write_shard(tmp_path, {3: b"seven"})
+    damaged = ShardSet.open(write_tar(tmp_path / "00000.tar", files_of({3: b"seven"})))
     loader = make(damaged, labels=True, shuffle=False, max_bad_fraction=1.0)
     assert next(loader.epoch(0)).valid.tolist() == [True, True, True, False]
     assert loader.report().causes == {"unreadable label": 1}

@@ -1,8 +1,8 @@
 """Records: bytes of an image from a file, from a range of a tar, from memory; and what is said when that fails."""
 
-import io
 import os
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,13 +20,8 @@ def test_bytes_in_memory() -> None:
     assert ImageRef(data=b"image").read() == b"image"
 
 
-def test_a_member_of_a_tar_where_tarfile_says_it_lies(tmp_path: Path) -> None:
-    path = tmp_path / "s.tar"
-    with tarfile.open(path, "w") as tar:
-        for name, content in (("a.jpg", b"first"), ("b.jpg", b"second one")):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+def test_a_member_of_a_tar_where_tarfile_says_it_lies(tmp_path: Path, write_tar: Callable[..., Path]) -> None:
+    path = write_tar(tmp_path / "s.tar", [("a.jpg", b"first"), ("b.jpg", b"second one")])
     with tarfile.open(path) as tar:
         member = tar.getmember("b.jpg")
     assert ImageRef(str(path), member.offset_data, member.size).read() == b"second one"

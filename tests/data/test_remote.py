@@ -7,11 +7,10 @@ import random
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vlkit.contracts import ImageTextBatch
 from vlkit.data import remote, remote_requests
@@ -36,25 +36,28 @@ from vlkit.models.tokenizers import CLIP_BPE, TextTokenizer
 SIZES = (5, 9, 2, 7, 8, 6)
 
 
-def write_shards(folder: Path, sizes: tuple[int, ...] = SIZES, indexed: bool = True) -> Path:
-    """Tars of equal length with coloured squares."""
-    from PIL import Image
+def files_of(shard: int, rows: int) -> Iterator[tuple[str, bytes]]:
+    """Coloured squares."""
+    for row in range(rows):
+        image = io.BytesIO()
+        Image.new("RGB", (16, 16), (shard * 40, row * 25, 99)).save(image, "PNG")
+        yield f"{shard:03}{row:04}.png", image.getvalue()
+        yield f"{shard:03}{row:04}.txt", f"square {shard} {row}".encode()
 
-    folder.mkdir(parents=True)
-    for shard, size in enumerate(sizes):
-        path = folder / f"{shard:05}.tar"
-        with tarfile.open(path, "w") as tar:
-            for row in range(size):
-                image = io.BytesIO()
-                Image.new("RGB", (16, 16), (shard * 40, row * 25, 99)).save(image, "PNG")
-                for suffix, content in (("png", image.getvalue()), ("txt", f"square {shard} {row}".encode())):
-                    member = tarfile.TarInfo(f"{shard:03}{row:04}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-        path.write_bytes(path.read_bytes().ljust(40960, b"\0"))
-        if indexed:
-            write_index(path)
-    return folder
+
+@pytest.fixture
+def write_shards(write_tar: Callable[..., Path]) -> Callable[..., Path]:
+    """`write_shards(folder, (4, 5))`: tars of equal length."""
+
+    def write(folder: Path, sizes: tuple[int, ...] = SIZES, indexed: bool = True) -> Path:
+        for shard, size in enumerate(sizes):
+            path = write_tar(folder / f"{shard:05}.tar", files_of(shard, size))
+            path.write_bytes(path.read_bytes().ljust(40960, b"\0"))
+            if indexed:
+                write_index(path)
+        return folder
+
+    return write
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -104,7 +107,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShardCache:
 
 
 @pytest.fixture
-def memory(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+def memory(tmp_path: Path, write_shards: Callable[..., Path]) -> Iterator[tuple[str, Path]]:
     """The shards in fsspec's memory file system, and a local copy of them."""
     local, files = write_shards(tmp_path / "local"), fsspec.filesystem("memory")
     files.put(str(local), "/bucket/set", recursive=True)
@@ -145,14 +148,16 @@ def test_a_small_cache_gives_the_same_batches(memory: tuple[str, Path], cache: S
     assert 0 < len(cache.bodies()) <= 5 and not cache.leases()
 
 
-def test_a_file_url_is_read_where_it_lies(tmp_path: Path, cache: ShardCache) -> None:
+def test_a_file_url_is_read_where_it_lies(tmp_path: Path, cache: ShardCache, write_shards: Callable[..., Path]) -> None:
     local = write_shards(tmp_path / "local", (2, 3))
     for spec in (f"file://{local}", f"file://{local}/{{00000..00001}}.tar", f"file://{local}/*.tar"):
         assert expand_shards(spec) == [local / "00000.tar", local / "00001.tar"]
     assert not cache.bodies()
 
 
-def test_a_web_server_without_ranges_and_indexes(web: tuple[str, Path, Counter[Any]], tmp_path: Path) -> None:
+def test_a_web_server_without_ranges_and_indexes(
+    web: tuple[str, Path, Counter[Any]], tmp_path: Path, write_shards: Callable[..., Path]
+) -> None:
     url, folder, asked = web
     local = write_shards(folder / "set", (4, 5, 3), indexed=False)
     shards = ShardSet.open(f"{url}/set/{{00000..00002}}.tar")
@@ -243,7 +248,9 @@ def test_a_cache_too_small_for_the_order(memory: tuple[str, Path]) -> None:
         read(shards, window=1000)
 
 
-def test_killed_while_downloading(web: tuple[str, Path, Counter[Any]], cache: ShardCache) -> None:
+def test_killed_while_downloading(
+    web: tuple[str, Path, Counter[Any]], cache: ShardCache, write_shards: Callable[..., Path]
+) -> None:
     url, folder, _ = web
     local = write_shards(folder / "set", (3,))
     (local / "slow.tar").write_bytes((local / "00000.tar").read_bytes())
@@ -268,7 +275,9 @@ def test_killed_while_downloading(web: tuple[str, Path, Counter[Any]], cache: Sh
     assert not list(cache.folder.rglob("*.tmp"))
 
 
-def test_two_processes_download_each_shard_once(web: tuple[str, Path, Counter[Any]]) -> None:
+def test_two_processes_download_each_shard_once(
+    web: tuple[str, Path, Counter[Any]], write_shards: Callable[..., Path]
+) -> None:
     url, folder, asked = web
     write_shards(folder / "set")
     code = """if True:

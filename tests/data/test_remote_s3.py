@@ -15,12 +15,11 @@ import logging
 import os
 import random
 import socket
-import tarfile
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -204,24 +203,28 @@ def proxy(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
         thread.join()
 
 
-def write_shards(folder: Path, sizes: tuple[int, ...], seed: int) -> list[str]:
-    """Tars of noise pictures; all but every third have an index."""
-    folder.mkdir()
-    random_ = np.random.default_rng(seed)
-    for shard, size in enumerate(sizes):
-        path = folder / f"{shard:05}.tar"
-        with tarfile.open(path, "w") as tar:
-            for row in range(size):
-                image = io.BytesIO()
-                Image.fromarray(random_.integers(0, 256, (28, 30, 3), dtype=np.uint8)).save(image, "PNG")
-                text = f"picture {row} of shard {shard}".encode()
-                for suffix, content in (("png", image.getvalue()), ("txt", text)):
-                    member = tarfile.TarInfo(f"{shard:03}{row:04}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-        if shard % 3:
-            write_index(path)
-    return sorted(path.name for path in folder.iterdir())
+def files_of(shard: int, rows: int, seed: int) -> Iterator[tuple[str, bytes]]:
+    """Noise pictures."""
+    random_ = np.random.default_rng([seed, shard])
+    for row in range(rows):
+        image = io.BytesIO()
+        Image.fromarray(random_.integers(0, 256, (28, 30, 3), dtype=np.uint8)).save(image, "PNG")
+        yield f"{shard:03}{row:04}.png", image.getvalue()
+        yield f"{shard:03}{row:04}.txt", f"picture {row} of shard {shard}".encode()
+
+
+@pytest.fixture
+def write_shards(write_tar: Callable[..., Path]) -> Callable[..., list[str]]:
+    """`write_shards(folder, (4, 5), seed)`: all but every third have an index; gives the names of all files."""
+
+    def write(folder: Path, sizes: tuple[int, ...], seed: int) -> list[str]:
+        for shard, size in enumerate(sizes):
+            path = write_tar(folder / f"{shard:05}.tar", files_of(shard, size, seed))
+            if shard % 3:
+                write_index(path)
+        return sorted(path.name for path in folder.iterdir())
+
+    return write
 
 
 def all_batches(shards: ShardSet, workers: int, epochs: int, window: int) -> list[ImageTextBatch]:
@@ -239,10 +242,9 @@ def all_batches(shards: ShardSet, workers: int, epochs: int, window: int) -> lis
         return [batch for epoch in range(epochs) for batch in loader.epoch(epoch)]
 
 
-def check_epochs(server: Server, proxy: Proxy, tmp_path: Path, seed: int, sizes: tuple[int, ...], window: int) -> None:
+def check_epochs(server: Server, proxy: Proxy, folder: Path, seed: int, sizes: tuple[int, ...], window: int) -> None:
     """Two epochs through the faulty proxy, with a cache smaller than the data, equal those over local files."""
-    folder = tmp_path / f"local{seed}"
-    names = write_shards(folder, sizes, seed)
+    names = sorted(path.name for path in folder.iterdir())
     server.upload(folder, names)
     proxy.faults = faults = Faults(seed, 0.35)
     bound = 5 * max((folder / name).stat().st_size for name in names if name.endswith(".tar"))
@@ -267,18 +269,27 @@ def check_epochs(server: Server, proxy: Proxy, tmp_path: Path, seed: int, sizes:
     assert faults.made.total() > 10, faults.made
 
 
-def test_each_sample_once_through_a_faulty_connection(server: Server, proxy: Proxy, tmp_path: Path) -> None:
-    check_epochs(server, proxy, tmp_path, 7, (9, 14, 3, 12, 8, 11, 5, 13, 10), window=16)
+def test_each_sample_once_through_a_faulty_connection(
+    server: Server, proxy: Proxy, tmp_path: Path, write_shards: Callable[..., list[str]]
+) -> None:
+    sizes = (9, 14, 3, 12, 8, 11, 5, 13, 10)
+    write_shards(tmp_path / "local", sizes, 7)
+    check_epochs(server, proxy, tmp_path / "local", 7, sizes, window=16)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
-def test_each_sample_once_at_length(server: Server, proxy: Proxy, tmp_path: Path, seed: int) -> None:
+def test_each_sample_once_at_length(
+    server: Server, proxy: Proxy, tmp_path: Path, write_shards: Callable[..., list[str]], seed: int
+) -> None:
     sizes = tuple(int(size) for size in np.random.default_rng(seed).integers(1, 40, 30))
-    check_epochs(server, proxy, tmp_path, seed, sizes, window=64)
+    write_shards(tmp_path / "local", sizes, seed)
+    check_epochs(server, proxy, tmp_path / "local", seed, sizes, window=64)
 
 
-def test_nothing_is_downloaded_to_open_shards_with_indexes(server: Server, proxy: Proxy, tmp_path: Path) -> None:
+def test_nothing_is_downloaded_to_open_shards_with_indexes(
+    server: Server, proxy: Proxy, tmp_path: Path, write_shards: Callable[..., list[str]]
+) -> None:
     names = write_shards(tmp_path / "local", (3, 4, 5), 1)
     server.upload(tmp_path / "local", names)
     shards = ShardSet.open(f"s3://{server.bucket}/{server.prefix}/0000[12].tar")
@@ -294,7 +305,13 @@ def test_nothing_is_downloaded_to_open_shards_with_indexes(server: Server, proxy
     assert not any(path.endswith((".tar", ".arrow")) for method, path in proxy.faults.asked - before if method == "GET")
 
 
-def test_what_went_wrong_is_said(server: Server, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_went_wrong_is_said(
+    server: Server,
+    proxy: Proxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write_shards: Callable[..., list[str]],
+) -> None:
     names = write_shards(tmp_path / "local", (2, 2), 2)
     server.upload(tmp_path / "local", names)
     where = f"s3://{server.bucket}/{server.prefix}"

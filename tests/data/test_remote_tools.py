@@ -1,8 +1,7 @@
 """Tools and run files take shards at URLs like local ones."""
 
 import io
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -16,23 +15,23 @@ from vlkit.data.shard_index import write_index
 from vlkit.errors import ConfigError
 
 
+def files_of(shard: int) -> Iterator[tuple[str, bytes]]:
+    for row in range(3):
+        image = io.BytesIO()
+        Image.new("RGB", (20, 10 + row), (shard * 90, row * 50, 9)).save(image, "PNG")
+        yield f"{shard}{row}.png", b"no picture" if (shard, row) == (1, 2) else image.getvalue()
+        yield f"{shard}{row}.txt", f"square {shard} {row}".encode()
+
+
 @pytest.fixture
-def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
+def copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_tar: Callable[..., Path]
+) -> Iterator[tuple[str, Path]]:
     """URL and folder of two small shards, one sample of which is broken."""
     monkeypatch.setenv("VLKIT_CACHE", str(tmp_path / "cache"))
     local = tmp_path / "local"
-    local.mkdir()
     for shard in range(2):
-        with tarfile.open(local / f"{shard:05}.tar", "w") as tar:
-            for row in range(3):
-                image = io.BytesIO()
-                Image.new("RGB", (20, 10 + row), (shard * 90, row * 50, 9)).save(image, "PNG")
-                data = b"no picture" if (shard, row) == (1, 2) else image.getvalue()
-                for suffix, content in (("png", data), ("txt", f"square {shard} {row}".encode())):
-                    member = tarfile.TarInfo(f"{shard}{row}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-        write_index(local / f"{shard:05}.tar")
+        write_index(write_tar(local / f"{shard:05}.tar", files_of(shard)))
     files = fsspec.filesystem("memory")
     files.put(str(local), "/tools/set", recursive=True)
     yield "memory://tools/set", local

@@ -1,8 +1,7 @@
 """From what a run file says to a plan: sources and weights, classes, fixed epochs; and what does not fit together."""
 
-import io
 import json
-import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +14,27 @@ from vlkit.data.sampling import PlannedData, Sampling, TrainingSet, open_trainin
 from vlkit.errors import ConfigError, DataError
 
 
-def write(folder: Path, count: int, shards: int = 2) -> Path:
-    folder.mkdir(parents=True)
-    for shard, numbers in enumerate(np.array_split(np.arange(count), shards)):
-        with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
-            for number in numbers.tolist():
-                about = {"kind": ("cat", "dog", "eel")[0 if number < 6 else 1 + number % 2], "odd": [number]}
-                files = {"jpg": b"x", "cls": b"%d" % (number % 4), "json": json.dumps(about).encode()}
-                for suffix, content in files.items():
-                    member = tarfile.TarInfo(f"{number:06}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    return folder
+def files_of(numbers: list[int]) -> Iterator[tuple[str, bytes]]:
+    for number in numbers:
+        about = {"kind": ("cat", "dog", "eel")[0 if number < 6 else 1 + number % 2], "odd": [number]}
+        files = {"jpg": b"x", "cls": b"%d" % (number % 4), "json": json.dumps(about).encode()}
+        yield from ((f"{number:06}.{suffix}", content) for suffix, content in files.items())
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> TrainingSet:
+def write(write_tar: Callable[..., Path]) -> Callable[..., Path]:
+    """`write(folder, 20)`: that many samples in two shards."""
+
+    def make(folder: Path, count: int, shards: int = 2) -> Path:
+        for shard, numbers in enumerate(np.array_split(np.arange(count), shards)):
+            write_tar(folder / f"{shard:05}.tar", files_of(numbers.tolist()))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def data(tmp_path: Path, write: Callable[..., Path]) -> TrainingSet:
     return open_training_set({str(write(tmp_path / "a", 30)): 2.0, str(write(tmp_path / "b", 10, 3)): 1.0})
 
 
@@ -57,7 +61,7 @@ def test_only_the_ratio_of_weights_counts(data: TrainingSet) -> None:
     assert np.array_equal(plan(doubled).plan.batch(3, 2), plan(data).plan.batch(3, 2))
 
 
-def test_one_source_is_the_plain_plan_and_says_its_remainder(tmp_path: Path) -> None:
+def test_one_source_is_the_plain_plan_and_says_its_remainder(tmp_path: Path, write: Callable[..., Path]) -> None:
     data = open_training_set(str(write(tmp_path / "a", 20)))
     planned = plan(data)
     assert isinstance(planned.plan, EpochPlan) and planned.record == {}
@@ -69,7 +73,7 @@ def test_one_source_is_the_plain_plan_and_says_its_remainder(tmp_path: Path) -> 
     assert plan(data, batch=5).remainder == "none: the batches of an epoch come out even"
 
 
-def test_epochs_of_a_fixed_length(tmp_path: Path) -> None:
+def test_epochs_of_a_fixed_length(tmp_path: Path, write: Callable[..., Path]) -> None:
     data = open_training_set(str(write(tmp_path / "a", 20)))
     short = plan(data, Sampling(samples_per_epoch=12)).plan
     ids = np.concatenate([short.batch(epoch, index) for epoch in range(5) for index in range(short.num_batches)])
@@ -81,7 +85,7 @@ def test_epochs_of_a_fixed_length(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("label", "sizes"), [("cls", {"0": 8, "1": 8, "2": 7, "3": 7}), ("kind", None)])
-def test_balanced_batches(tmp_path: Path, label: str, sizes: dict[str, int] | None) -> None:
+def test_balanced_batches(tmp_path: Path, label: str, sizes: dict[str, int] | None, write: Callable[..., Path]) -> None:
     data = open_training_set(str(write(tmp_path / "a", 30)))
     planned = plan(data, Sampling(balance=label), batch=12)
     assert planned.kind == "classes"
@@ -93,7 +97,7 @@ def test_balanced_batches(tmp_path: Path, label: str, sizes: dict[str, int] | No
             assert counts.tolist() == [12 // len(found)] * len(found)
 
 
-def test_labels_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., Path]) -> None:
     monkeypatch.setattr(balance, "_WORTH_KEEPING", 10)
     shards = open_training_set(str(write(tmp_path / "a", 20))).shards
     first = find_classes(shards, "kind")

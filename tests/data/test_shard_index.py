@@ -32,14 +32,6 @@ def pack(path, files, form="ustar", mtime=0.0):
     return path
 
 
-def triples(keys, size=700):
-    """Files of well-formed samples whose every content names its key, so that a mixed pair is seen."""
-    for key in keys:
-        yield f"{key}.jpg", f"{key}|image".encode().ljust(size, b"\xff")
-        yield f"{key}.txt", f"{key}|caption".encode()
-        yield f"{key}.json", b'{"key": "%s"}' % key.encode()
-
-
 def slow_samples(path):
     """webdataset's grouping rule over what tarfile reads: key -> {suffix: content}, doubtful keys left out."""
     runs = []
@@ -106,7 +98,7 @@ def test_index_equals_tarfile(tmp_path, stems, suffixes, form, mtime):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_long_and_foreign_names(tmp_path, form):
+def test_long_and_foreign_names(tmp_path, form, triples):
     deep = "/".join(["folder" * 3] * 6)  # 113 bytes: needs ustar's prefix field, or a pax or GNU record
     keys = [f"{deep}/000000001", "Straße/größe-漢字-🙂", "a b/c'd", f"{deep}/{'x' * 90}"]
     if form != "ustar":
@@ -148,7 +140,7 @@ def test_columns_captions_labels_and_tokens(tmp_path):
         write_index(path, {"bpe": [[[1]]]})
 
 
-def test_columns_are_mapped_not_copied(tmp_path):
+def test_columns_are_mapped_not_copied(tmp_path, triples):
     path = pack(tmp_path / "z.tar", list(triples([f"{n:06d}" for n in range(3000)], size=1)))
     write_index(path, {"bpe": [[[1, 2]]] * 3000})
     before = pa.total_allocated_bytes()
@@ -159,7 +151,7 @@ def test_columns_are_mapped_not_copied(tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_cut_tar_never_mixes(tmp_path, form):
+def test_a_cut_tar_never_mixes(tmp_path, form, triples):
     keys = ["0000", "0001", "ü" + "l" * 120 if form != "ustar" else "0002", "0003"]
     whole = pack(tmp_path / "whole.tar", list(triples(keys)), form).read_bytes()
     full = read_all(ShardIndex.open(tmp_path / "whole.tar"))
@@ -181,7 +173,7 @@ def test_a_cut_tar_never_mixes(tmp_path, form):
         assert len(found) >= sum(offset > whole.find(f"{key}|image".encode()) for key in keys[1:])
 
 
-def test_the_message_of_a_tar_cut_in_the_middle(tmp_path):
+def test_the_message_of_a_tar_cut_in_the_middle(tmp_path, triples):
     path = pack(tmp_path / "00012.tar", list(triples(["a", "b", "c"])))
     path.write_bytes(path.read_bytes()[: 7 * 512 + 800])  # 288 bytes into the image of b
     index = ShardIndex.open(path)
@@ -197,7 +189,7 @@ def test_the_message_of_a_tar_cut_in_the_middle(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_damaged_headers_never_mix(tmp_path, seed):
+def test_damaged_headers_never_mix(tmp_path, seed, triples):
     chooser = random.Random(seed)
     keys = [f"{n:04d}" for n in range(6)]
     whole = pack(tmp_path / "whole.tar", list(triples(keys))).read_bytes()
@@ -215,7 +207,7 @@ def test_damaged_headers_never_mix(tmp_path, seed):
         assert index.num_samples >= at // 512 // 7 - 1  # 7 blocks a sample; those before the damage are there
 
 
-def test_doubtful_samples_are_left_out_and_named(tmp_path):
+def test_doubtful_samples_are_left_out_and_named(tmp_path, triples):
     files = [
         *triples(["ok0"]),
         ("dup.jpg", b"1"), ("dup.txt", b"1"),
@@ -252,7 +244,7 @@ def test_doubtful_samples_are_left_out_and_named(tmp_path):
     assert index.image(2).read() == b"the image" and index.read_member(2, "seg.png") == b"m"
 
 
-def test_links_sparse_files_and_directories(tmp_path):
+def test_links_sparse_files_and_directories(tmp_path, triples):
     with tarfile.open(tmp_path / "l.tar", "w", format=tarfile.GNU_FORMAT) as tar:
         for name, content in triples(["a"]):
             info = tarfile.TarInfo(name)
@@ -274,7 +266,7 @@ def test_links_sparse_files_and_directories(tmp_path):
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="needs the tar command")
 @pytest.mark.parametrize("form", ["v7", "ustar", "gnu", "oldgnu", "posix"])
-def test_tars_of_the_tar_command(tmp_path, form):
+def test_tars_of_the_tar_command(tmp_path, form, triples):
     folder = tmp_path / "f"
     folder.mkdir()
     keys = ["000", "001", "k" * (60 if form == "v7" else 120)]
@@ -294,7 +286,7 @@ def test_tars_of_the_tar_command(tmp_path, form):
         assert index.image(i).read().rstrip(b"\xff") == f"{key}|image".encode()
 
 
-def test_numbers_in_base_256_and_appended_data(tmp_path):
+def test_numbers_in_base_256_and_appended_data(tmp_path, triples):
     content = bytearray(pack(tmp_path / "b.tar", list(triples(["a", "b"]))).read_bytes())
     content[124:136] = b"\x80" + (700).to_bytes(11, "big")
     header = content[:512]
@@ -329,7 +321,7 @@ def test_what_is_no_tar_has_no_samples(tmp_path):
         ShardIndex.open(tmp_path / "absent.tar")
 
 
-def test_a_stale_sidecar_is_made_again(tmp_path):
+def test_a_stale_sidecar_is_made_again(tmp_path, triples):
     path = pack(tmp_path / "s.tar", list(triples(["a", "b"])))
     write_index(path, {"bpe": [[[1]], [[2]]]})
     first = ShardIndex.open(path)
@@ -346,7 +338,7 @@ def test_a_stale_sidecar_is_made_again(tmp_path):
         first.key(0)
 
 
-def test_a_read_only_folder_keeps_the_index_in_memory(tmp_path):
+def test_a_read_only_folder_keeps_the_index_in_memory(tmp_path, triples):
     folder = tmp_path / "ro"
     folder.mkdir()
     for name in ("0.tar", "1.tar"):
@@ -362,7 +354,7 @@ def test_a_read_only_folder_keeps_the_index_in_memory(tmp_path):
         folder.chmod(0o755)
 
 
-def test_sidecars_are_equal_for_equal_tars(tmp_path):
+def test_sidecars_are_equal_for_equal_tars(tmp_path, triples):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         write_index(pack(tmp_path / folder / "0.tar", list(triples(["x", "y"]))), {"bpe": [[[1]], [[2], [3]]]})

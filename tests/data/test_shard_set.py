@@ -1,8 +1,6 @@
 """Sets of shards: one running number over all samples, what names them, and how few files stay open."""
 
-import io
 import pickle
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -11,27 +9,9 @@ from vlkit.data.shard_index import ShardSet, expand_shards
 from vlkit.errors import DataError
 
 
-def pack(path, files):
-    """A tar of (name, content) made by tarfile."""
-    with tarfile.open(path, "w", encoding="utf-8") as tar:
-        for name, content in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def triples(keys, size=700):
-    """Files of well-formed samples whose every content names its key, so that a mixed pair is seen."""
-    for key in keys:
-        yield f"{key}.jpg", f"{key}|image".encode().ljust(size, b"\xff")
-        yield f"{key}.txt", f"{key}|caption".encode()
-        yield f"{key}.json", b'{"key": "%s"}' % key.encode()
-
-
-def test_shard_set(tmp_path):
+def test_shard_set(tmp_path, write_tar, triples):
     for number, keys in enumerate((["a", "b", "c"], [], ["a"])):
-        pack(tmp_path / f"{number:05d}.tar", list(triples(keys)))
+        write_tar(tmp_path / f"{number:05d}.tar", triples(keys))
     progress = []
     shards = ShardSet.open(tmp_path, lambda done, total: progress.append((done, total)))
     assert progress == [(1, 3), (2, 3), (3, 3)]
@@ -46,22 +26,22 @@ def test_shard_set(tmp_path):
     assert len(pickle.dumps(ShardSet(shards.shards))) < 2000
 
 
-def test_fingerprint_follows_the_data_not_the_folder(tmp_path):
+def test_fingerprint_follows_the_data_not_the_folder(tmp_path, write_tar, triples):
     for folder in ("a", "b", "c"):
         (tmp_path / folder).mkdir()
-        pack(tmp_path / folder / "0.tar", list(triples(["x", "y"])))
-        pack(tmp_path / folder / "1.tar", list(triples(["z"], size=701 if folder == "c" else 700)))
+        write_tar(tmp_path / folder / "0.tar", triples(["x", "y"]))
+        write_tar(tmp_path / folder / "1.tar", triples(["z"], size=701 if folder == "c" else 700))
     prints = [ShardSet.open(tmp_path / folder).fingerprint for folder in ("a", "b", "c")]
     assert prints[0] == prints[1] != prints[2]
     backwards = ShardSet.open([tmp_path / "a/1.tar", tmp_path / "a/0.tar"])
     assert backwards.fingerprint != prints[0]
 
 
-def test_expand_shards(tmp_path, monkeypatch):
+def test_expand_shards(tmp_path, monkeypatch, write_tar):
     for name in ("00000", "00001", "00002", "x", "y"):
-        pack(tmp_path / f"{name}.tar", [])
+        write_tar(tmp_path / f"{name}.tar", [])
     (tmp_path / "deep").mkdir()
-    pack(tmp_path / "deep/z.tar", [])
+    write_tar(tmp_path / "deep/z.tar", [])
 
     def expanded(spec):
         return [path.relative_to(tmp_path).as_posix() for path in expand_shards(spec)]
@@ -90,22 +70,22 @@ def test_expand_shards(tmp_path, monkeypatch):
         ("{root}/{{0..9999999}}.tar", r"10,000,000 shards"),
     ],
 )
-def test_expand_shards_messages(tmp_path, spec, message):
+def test_expand_shards_messages(tmp_path, spec, message, write_tar):
     for name in ("00000.tar", "00001.tar"):
-        pack(tmp_path / name, [])
+        write_tar(tmp_path / name, [])
     (tmp_path / "up/deep").mkdir(parents=True)
-    pack(tmp_path / "up/deep/a.tar", [])
+    write_tar(tmp_path / "up/deep/a.tar", [])
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed/a.tar.gz").touch()
     with pytest.raises(DataError, match=message):
         expand_shards(spec.format(root=tmp_path))
 
 
-def test_more_shards_than_files_that_stay_open(tmp_path):
+def test_more_shards_than_files_that_stay_open(tmp_path, write_tar, triples):
     """Columns and descriptors are let go, and come back when asked for again."""
     count = 140  # above the number of descriptors held
     for number in range(count):
-        pack(tmp_path / f"{number:05d}.tar", list(triples(["a"])))
+        write_tar(tmp_path / f"{number:05d}.tar", triples(["a"]))
     shards = ShardSet.open(tmp_path)
     for _ in range(2):
         assert all(shard.image_bytes(0).startswith(b"a|image") for shard in shards.shards)

@@ -1,9 +1,9 @@
 """Preprocessing equals open_clip's."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,16 +15,6 @@ from vlkit.data.transforms import Preprocess
 from vlkit.errors import ConfigError
 
 SIZES = [(341, 256), (256, 341), (64, 64), (31, 47), (500, 100), (90, 400), (33, 64), (129, 64), (224, 224), (7, 5)]
-
-
-def textured(width: int, height: int) -> Image.Image:
-    y, x = np.mgrid[0:height, 0:width].astype(float)
-    waves = [
-        127 + 60 * np.sin(x / a + y / b) + 50 * np.cos(x * y / c) for a, b, c in ((3, 7, 90), (11, 2, 300), (5, 5, 40))
-    ]
-    pixels = np.stack(waves, 2)
-    pixels[height // 3 : height // 2, width // 4 : width // 2] = (255, 0, 30)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +40,13 @@ def open_clip_transform() -> Any:
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("size", [32, 224])
-def test_equals_open_clip(open_clip_transform: Any, size: int, resize_mode: Any, interpolation: Any) -> None:
+def test_equals_open_clip(
+    open_clip_transform: Any,
+    size: int,
+    resize_mode: Any,
+    interpolation: Any,
+    textured: Callable[[int, int], Image.Image],
+) -> None:
     settings = {"size": size, "resize_mode": resize_mode, "interpolation": interpolation, "fill_color": 9}
     preprocess, theirs = Preprocess(**settings), open_clip_transform(**settings)
     for width, height in SIZES:
@@ -122,6 +118,6 @@ def test_preprocess_records_that_are_refused(record: dict[str, Any], message: st
         Preprocess.from_open_clip(record)
 
 
-def test_resize_keeps_an_image_of_the_right_size() -> None:
+def test_resize_keeps_an_image_of_the_right_size(textured: Callable[[int, int], Image.Image]) -> None:
     image = image_to_tensor(textured(20, 30))
     assert torch.equal(resize(image, 30, 20, "bicubic"), image)

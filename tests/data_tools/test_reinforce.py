@@ -4,7 +4,7 @@ import io
 import json
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +35,14 @@ VIT = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size
 SMALL = {"embed_dim": 8, "vision_cfg": VIT, "text_cfg": TEXT}
 
 
-def write_shard(path: Path, seed: int, broken: bool = False) -> None:
-    path.parent.mkdir(exist_ok=True)
+def files_of(seed: int, broken: bool = False) -> Iterator[tuple[str, bytes]]:
     made = np.random.default_rng(seed)
-    with tarfile.open(path, "w") as tar:
-        for i in range(6):
-            picture = io.BytesIO()
-            Image.fromarray(made.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(picture, "PNG")
-            members = {
-                "png": b"no picture" if broken and i == 2 else picture.getvalue(),
-                "txt": f"caption {i} of {seed}\nanother of number {i}".encode(),
-                "json": json.dumps({"synthetic": [f"made up for {i}"]}).encode(),
-            }
-            for suffix, content in members.items():
-                member = tarfile.TarInfo(f"{seed}{i:03d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    for i in range(6):
+        picture = io.BytesIO()
+        Image.fromarray(made.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(picture, "PNG")
+        yield f"{seed}{i:03d}.png", b"no picture" if broken and i == 2 else picture.getvalue()
+        yield f"{seed}{i:03d}.txt", f"caption {i} of {seed}\nanother of number {i}".encode()
+        yield f"{seed}{i:03d}.json", json.dumps({"synthetic": [f"made up for {i}"]}).encode()
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +57,10 @@ def embedder(teacher: str) -> Embedder:
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(tmp_path_factory: pytest.TempPathFactory, write_tar: Callable[..., Path]) -> Path:
     folder = tmp_path_factory.mktemp("data") / "shards"
-    write_shard(folder / "a.tar", 1)
-    write_shard(folder / "b.tar", 2, broken=True)
+    write_tar(folder / "a.tar", files_of(1))
+    write_tar(folder / "b.tar", files_of(2, broken=True))
     return folder
 
 
@@ -169,9 +161,9 @@ def test_a_copy_that_was_interrupted_goes_on_with_the_same_teacher_only(
 
 
 def test_features_of_two_teachers_are_never_mixed(
-    shards: Path, taught: Path, embedder: Embedder, tmp_path: Path
+    shards: Path, taught: Path, embedder: Embedder, tmp_path: Path, write_tar: Callable[..., Path]
 ) -> None:
-    write_shard(tmp_path / "more" / "c.tar", 3)
+    write_tar(tmp_path / "more" / "c.tar", files_of(3))
     torch.manual_seed(6)
     other = Embedder(build_encoder(SMALL).eval(), "other")
     report = reinforce_shards(tmp_path / "more", other, tmp_path / "second", fields=("synthetic",))
@@ -208,13 +200,13 @@ def test_a_run_continues_with_the_same_teacher_only(
 
 
 def test_what_cannot_be_reinforced(
-    shards: Path, embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shards: Path, embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_tar: Callable[..., Path]
 ) -> None:
     with pytest.raises(ConfigError, match=r"views = 2 without data\.augment"):
         reinforce_shards(shards, embedder, tmp_path / "out", views=2)
     with pytest.raises(ConfigError, match="holds the shards to copy from"):
         reinforce_shards(shards, embedder, shards)
-    write_shard(tmp_path / "x" / "a.tar", 4)
+    write_tar(tmp_path / "x" / "a.tar", files_of(4))
     with pytest.raises(ConfigError, match=r"2 of the shards are called a.tar"):
         reinforce_shards(f"{shards}::{tmp_path / 'x'}", embedder, tmp_path / "out")
     with pytest.raises(DataError, match=r"has a caption field 'sinthetic'\. Did you mean synthetic"):

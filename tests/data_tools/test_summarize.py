@@ -43,34 +43,24 @@ def huge_png():
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
 
 
-def write_tar(path, samples):
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, fields in samples.items():
-            for suffix, content in fields.items():
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return path
+def files_of(samples):
+    return ((f"{key}.{suffix}", content) for key, fields in samples.items() for suffix, content in fields.items())
 
 
 @pytest.fixture
-def shards(tmp_path):
+def shards(tmp_path, write_tar):
     twin = image(0, (40, 30))
-    write_tar(
-        tmp_path / "00000.tar",
-        {
-            "a": {"jpg": twin, "txt": b"a red dog\na dog", "cls": b"1"},
-            "b": {"png": image(1, (64, 64), "PNG", "P"), "txt": b"a dog", "cls": b"0"},
-            "c": {"jpg": twin, "txt": HOSTILE.encode(), "cls": b"1"},
-        },
-    )
-    write_tar(
-        tmp_path / "00001.tar",
-        {
-            "d": {"jpg": rotated((100, 50)), "txt": b"\x1b[31mred"},
-            "e": {"jpg": b"no image", "json": b'{"captions": ["one two", "a dog"]}'},
-        },
-    )
+    first = {
+        "a": {"jpg": twin, "txt": b"a red dog\na dog", "cls": b"1"},
+        "b": {"png": image(1, (64, 64), "PNG", "P"), "txt": b"a dog", "cls": b"0"},
+        "c": {"jpg": twin, "txt": HOSTILE.encode(), "cls": b"1"},
+    }
+    second = {
+        "d": {"jpg": rotated((100, 50)), "txt": b"\x1b[31mred"},
+        "e": {"jpg": b"no image", "json": b'{"captions": ["one two", "a dog"]}'},
+    }
+    write_tar(tmp_path / "00000.tar", files_of(first))
+    write_tar(tmp_path / "00001.tar", files_of(second))
     return tmp_path
 
 
@@ -152,9 +142,9 @@ def test_page_holds_the_images_and_escapes_all_text(shards, tmp_path):
     assert not re.search(r"(src|href)=\"(?!data:image/jpeg)", page), "the page must need no other file"
 
 
-def test_page_stays_small_however_large_the_set(tmp_path):
+def test_page_stays_small_however_large_the_set(tmp_path, write_tar):
     samples = {f"{i:04d}": {"jpg": image(i, (160, 160), quality=95), "txt": b"noise"} for i in range(300)}
-    write_tar(tmp_path / "0.tar", samples)
+    write_tar(tmp_path / "0.tar", files_of(samples))
     summary = summarize_shards(tmp_path)
     assert 20 < len(summary.thumbnails) < 100
     assert summary.thumbnails[0].key == "0/0000"
@@ -162,8 +152,9 @@ def test_page_stays_small_however_large_the_set(tmp_path):
     assert (tmp_path / "page.html").stat().st_size < 2_100_000
 
 
-def test_oversized_image_is_measured_by_its_header_alone(tmp_path):
-    write_tar(tmp_path / "0.tar", {"a": {"png": huge_png(), "txt": b"x"}, "b": {"jpg": image(1, (8, 8)), "txt": b"y"}})
+def test_oversized_image_is_measured_by_its_header_alone(tmp_path, write_tar):
+    samples = {"a": {"png": huge_png(), "txt": b"x"}, "b": {"jpg": image(1, (8, 8)), "txt": b"y"}}
+    write_tar(tmp_path / "0.tar", files_of(samples))
     summary = summarize_shards(tmp_path)
     assert summary.formats == {"too many pixels": 1, "JPEG RGB": 1}
     assert summary.thumbnails[0].url is None

@@ -23,15 +23,6 @@ def image(seed, kind="JPEG", size=(40, 30)):
     return buffer.getvalue()
 
 
-def write_tar(path, files):
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, content in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
 def sample(key, **changed):
     fields = {"jpg": image(key), "txt": f"caption of {key}".encode()} | changed
     return [(f"{key}.{suffix}", content) for suffix, content in fields.items() if content is not None]
@@ -64,7 +55,7 @@ def test_whole_shards_are_ok_and_left_alone(built):
     assert content(built) == before
 
 
-def test_foreign_shards_without_index_are_ok_and_none_is_written(tmp_path):
+def test_foreign_shards_without_index_are_ok_and_none_is_written(tmp_path, write_tar):
     path = write_tar(tmp_path / "00000.tar", sample("a") + sample("b", jpg=None, png=image(1, "PNG")))
     report = validate_shards(tmp_path)
     assert report.ok
@@ -75,7 +66,7 @@ def test_foreign_shards_without_index_are_ok_and_none_is_written(tmp_path):
     assert not sidecar_path(path).exists()
 
 
-def test_broken_samples_are_counted_by_cause_with_shard_and_key(tmp_path):
+def test_broken_samples_are_counted_by_cause_with_shard_and_key(tmp_path, write_tar):
     whole = image("cut")
     files = [
         *sample("fine"),
@@ -134,7 +125,7 @@ def test_shard_that_is_no_tar_does_not_hide_the_others(built):
     assert report.num_decoded == 6
 
 
-def test_duplicate_keys_within_and_across_shards(tmp_path):
+def test_duplicate_keys_within_and_across_shards(tmp_path, write_tar):
     write_tar(tmp_path / "0.tar", sample("a") + sample("b") + sample("a"))
     write_tar(tmp_path / "1.tar", sample("b") + sample("c"))
     report = validate_shards(tmp_path)
@@ -150,7 +141,7 @@ def test_copied_shard(built):
     assert "key that occurs in several shards" not in report.problems.counts
 
 
-def test_keys_with_two_dots(tmp_path):
+def test_keys_with_two_dots(tmp_path, write_tar):
     files = [("a.v1.jpg", image(1)), ("a.v1.txt", b"x"), ("b.v1.jpg", image(2)), ("b.v2.jpg", image(3))]
     report = validate_shards(write_tar(tmp_path / "0.tar", files))
     assert report.notes.examples["key with two dots"] == ["0/a"]
@@ -204,7 +195,7 @@ def test_missing_and_wrong_stats(built):
     assert problems.counts["unfinished build"] == 1
 
 
-def test_workers_find_the_same(tmp_path):
+def test_workers_find_the_same(tmp_path, write_tar):
     for number in range(2):
         files = [entry for i in range(4) for entry in sample(f"{number}{i}")]
         write_tar(tmp_path / f"{number}.tar", files + sample(f"{number}x", jpg=b"x"))
@@ -213,7 +204,7 @@ def test_workers_find_the_same(tmp_path):
     assert alone.problems.counts == {"image that does not decode: not an image": 2}
 
 
-def test_report_is_json_and_safe_for_a_terminal(tmp_path):
+def test_report_is_json_and_safe_for_a_terminal(tmp_path, write_tar):
     write_tar(tmp_path / "0.tar", sample("\x1b[31mred", jpg=b"x"))
     report = validate_shards(tmp_path)
     assert "\x1b" not in "".join(report.lines())

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,14 @@ WORDS = ("red", "green", "blue", "white", "black", "gray", "pink", "orange")
 STEPS = 6
 
 
-def write_shards(folder: Path) -> None:
-    """24 pictures with two captions each."""
-    folder.mkdir()
+def files_of(count: int) -> Iterator[tuple[str, bytes]]:
+    """Pictures with two captions each."""
     pixels = np.random.default_rng(0)
-    with tarfile.open(folder / "00000.tar", "w") as tar:
-        for i in range(24):
-            picture = io.BytesIO()
-            Image.fromarray(pixels.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(picture, "PNG")
-            captions = f"a {WORDS[i % 8]} thing\nnumber {i} in {WORDS[(i + 3) % 8]}"
-            for suffix, content in (("png", picture.getvalue()), ("txt", captions.encode())):
-                member = tarfile.TarInfo(f"{i:06d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    for i in range(count):
+        picture = io.BytesIO()
+        Image.fromarray(pixels.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(picture, "PNG")
+        yield f"{i:06d}.png", picture.getvalue()
+        yield f"{i:06d}.txt", f"a {WORDS[i % 8]} thing\nnumber {i} in {WORDS[(i + 3) % 8]}".encode()
 
 
 def write_photographs(folder: Path) -> None:
@@ -107,14 +102,14 @@ def adapted(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, write_tar: Callable[..., Path]) -> Path:
     """Run folders of one and of two processes."""
     from eval.in_training import make_every
     from vlkit.config import load_run
     from vlkit.training.pretrain import pretrain
 
     folder = tmp_path_factory.mktemp("runs")
-    write_shards(folder / "shards")
+    write_tar(folder / "shards" / "00000.tar", files_of(24))
     write_photographs(folder / "photographs")
     # Steps too small for float32: both trainings keep the very same weights, so that a hit is a hit in both.
     many = {"eval": evaluations(folder), "optim": {"lr": 1e-30}, "checkpoint": {"every": f"{STEPS} steps"}}

@@ -1,9 +1,7 @@
 """Images with several classes against scikit-learn, and CLIP_benchmark's layout read to the end."""
 
 import io
-import json
-import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,26 +55,25 @@ def test_excluded_classes_leave_the_label_lists() -> None:
     assert [record.labels for record in classes.records] == [(0, 1), (0,)]
 
 
-def test_the_layout_of_clip_benchmark(tmp_path: Path, named_vectors: Callable[..., Any]) -> None:
+def files_of_clip_benchmark(count: int) -> Iterator[tuple[str, bytes]]:
+    for row in range(count):
+        picture, hot = io.BytesIO(), io.BytesIO()
+        Image.new("RGB", (8, 8), (30 * row, 0, 0)).save(picture, "JPEG")
+        np.save(hot, np.array([c in (scene(row).labels or ()) for c in range(4)], dtype=np.int64))
+        yield f"s{row:07d}.jpg", picture.getvalue()
+        yield f"s{row:07d}.npy", hot.getvalue()
+        yield f"s{row:07d}.json", b"{}"
+
+
+def test_the_layout_of_clip_benchmark(
+    tmp_path: Path, named_vectors: Callable[..., Any], write_tar: Callable[..., Path]
+) -> None:
     """classnames.txt, templates with {c}, dataset_type.txt and multi-hot .npy."""
-    (tmp_path / "test").mkdir()
+    write_tar(tmp_path / "test" / "0.tar", files_of_clip_benchmark(6))
     (tmp_path / "classnames.txt").write_text("\n".join(NAMES))
     (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}\na view of the {c}\n")
     (tmp_path / "dataset_type.txt").write_text("multilabel\n")
     (tmp_path / "test" / "nshards.txt").write_text("1")
-    with tarfile.open(tmp_path / "test" / "0.tar", "w") as tar:
-        for row in range(6):
-            picture, hot = io.BytesIO(), io.BytesIO()
-            Image.new("RGB", (8, 8), (30 * row, 0, 0)).save(picture, "JPEG")
-            np.save(hot, np.array([c in (scene(row).labels or ()) for c in range(4)], dtype=np.int64))
-            for suffix, content in (
-                ("jpg", picture.getvalue()),
-                ("npy", hot.getvalue()),
-                ("json", json.dumps({}).encode()),
-            ):
-                info = tarfile.TarInfo(f"s{row:07d}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
     source = read_source(tmp_path, split="test")
     assert source.templates == ("a {}", "a view of the {}")
     assert [record.labels for record in source.records] == [scene(row).labels for row in range(6)]

@@ -58,9 +58,9 @@ def test_near_far_and_shifted_sets_stay_apart(named_vectors: Callable[..., Any])
 
 def test_bad_input_is_refused(named_vectors: Callable[..., Any]) -> None:
     known, out = records("known", 4), OutSet("near", "a", records("a", 2))
-    with pytest.raises(ConfigError, match="expected at least one"):
+    with pytest.raises(ConfigError, match="Give at least one with --near"):
         OodEvaluator(known, NAMES, [])
-    with pytest.raises(ConfigError, match="with its own name"):
+    with pytest.raises(ConfigError, match="have its own name"):
         OodEvaluator(known, NAMES, [out, out])
     with pytest.raises(ConfigError, match="one known class"):
         OodEvaluator(known, NAMES[:1], [out])

@@ -12,8 +12,8 @@ from PIL import Image
 
 from eval.classification import ClassifiedExample
 from eval.examples import Found, RetrievalExample
-from eval.report import Card, Gallery, Matrix, Picture, Query, Table, write_report
-from eval.report_sections import evaluation_sections
+from eval.report import Card, Gallery, Matrix, Picture, Query, Section, Table, write_report
+from eval.report_sections import evaluation_sections, in_words, retrieval_sections
 from vlkit.contracts import Evaluation
 from vlkit.data.records import ImageRef, Record
 from vlkit.data.thumbnail import thumbnail
@@ -89,6 +89,8 @@ def test_the_matrix_draws_its_cells_and_lists_its_mistakes(tmp_path: Path) -> No
         (1, 1, 4, 1.0),
     ]
     assert matrix.confused == [("cat", "dog", 3, "75%")]
+    wide = Matrix("Confusion", ("\u732b\u732b\u732b", "dog"), matrix.counts)
+    assert 2 < matrix.margin < 3 < wide.margin < 4  # room for the longest name, no more
     write_report(tmp_path / "report.html", "t", [matrix])
     assert len(re.findall('<rect class="cell"', (tmp_path / "report.html").read_text())) == 3
 
@@ -104,7 +106,7 @@ def test_a_large_matrix_shows_the_classes_with_most_mistakes() -> None:
 def test_pictures_tables_and_galleries(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4)).save(buffer, "PNG")
-    sections = [
+    sections: list[Section] = [
         Picture("Loss", buffer.getvalue()),
         Table("Numbers", ["name", "value"], [("a", 0.123456), ("b", 3)], note="a note"),
         Gallery("Found", [Query(Card(text="a red circle"), [Card(image=thumbnail(torch.zeros(3, 8, 8).byte()))])]),
@@ -113,6 +115,27 @@ def test_pictures_tables_and_galleries(tmp_path: Path) -> None:
     page = Page(tmp_path / "report.html")
     assert page.sources()[0].startswith("data:image/png;base64,") and len(page.sources()) == 2
     assert "0.1235" in page.text and "a red circle" in page.text and "a note" in page.text
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [([], "none"), (None, "none"), ([1, 5], "1, 5"), (True, "yes"), ({"a": [1]}, "a: 1"), ("as it is", "as it is")],
+)
+def test_settings_are_written_as_people_write_them(value: object, words: str) -> None:
+    assert in_words(value) == words
+
+
+def test_a_gallery_shows_the_ground_truth_where_no_answer_is_right(tmp_path: Path) -> None:
+    record = Record("a", image_file(tmp_path / "a.png"), ("its own words", "more of them"))
+    other = Record("b", image_file(tmp_path / "b.png"), ("other words",))
+    wrong = (Found(other, "other words", 0.5, False),)
+    missed = RetrievalExample("image_to_text", record, None, 9, wrong)
+    found = RetrievalExample("image_to_text", record, None, 1, (Found(record, "its own words", 0.5, True), *wrong))
+    texts, _ = retrieval_sections([missed, found])
+    assert isinstance(texts, Gallery)
+    assert [card.text for card in texts.queries[0].answers] == ["other words", "its own words · more of them"]
+    assert texts.queries[0].answers[1].right is None and texts.queries[0].answers[1].note.endswith("at rank 9")
+    assert [card.right for card in texts.queries[1].answers] == [True, False]
 
 
 def test_a_thumbnail_keeps_its_shape(tmp_path: Path) -> None:

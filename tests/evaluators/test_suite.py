@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
 from eval.compare import compare_results, load_results, pair_results
@@ -22,29 +21,11 @@ from eval.suite_report import as_csv, as_latex, as_markdown, overview_of, write_
 from vlkit.errors import ConfigError, DataError
 from vlkit.features.cache import FeatureCache
 from vlkit.features.source import FeatureSource, open_source
-from vlkit.models.open_clip_encoder import build_encoder
-from vlkit.models.saved import save_encoder
 
-ARCHITECTURE = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
 CLASSES = ("ant", "bee", "cat")
 CLASSIFY = Protocol("three", "three classes", "classification", (), "accuracy@1", templates="simple")
 RETRIEVE = Protocol("pairs", "captions", "retrieval", (), "mean_recall@1", captions=2)
 FOLDS = Protocol("pairs-folds", "captions", "retrieval", (), "mean_recall@1", folds=3)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    names = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        folder = tmp_path_factory.mktemp(f"model_{seed}")
-        save_encoder(build_encoder(ARCHITECTURE), folder)
-        names.append(f"local-dir:{folder}")
-    return names
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +112,14 @@ def test_two_processes_share_the_protocols(models: list[str], jobs: list[Job], f
     assert outside_run(suite_results(tmp_path)) == outside_run(suite_results(finished))
 
 
+def test_the_same_weights_under_two_names_are_evaluated_once(
+    models: list[str], jobs: list[Job], tmp_path: Path
+) -> None:
+    scheme, _, folder = models[0].partition(":")
+    again = f"{scheme}:{Path(folder).parent}/../{Path(folder).parent.name}/{Path(folder).name}"
+    assert [outcome.kept for outcome in evaluate([models[0], again], jobs[:1], tmp_path)] == [False, True]
+
+
 def test_a_name_given_twice_is_refused(models: list[str], jobs: list[Job], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="named twice"):
         evaluate([models[0], models[0]], jobs, tmp_path)
@@ -178,6 +167,9 @@ def test_other_protocols_and_other_items_are_refused_and_shown(finished: Path, j
     shorter = type(result)(result.line, result.items.slice(1))
     with pytest.raises(DataError, match=r"different items: 12 and 11, 1 only in the first \(first: "):
         compare_results(result, shorter)
+    relabelled = {**result.line, "protocol": {**result.line["protocol"], "data_hash": "another"}}
+    with pytest.raises(DataError, match=r"other captions or labels \(data hash [0-9a-f]{12} against another\)"):
+        compare_results(result, type(result)(relabelled, result.items))
     (tmp_path / "plain.jsonl").write_text(json.dumps({"model": "m", "task": "retrieval", "metrics": {"a": 1.0}}) + "\n")
     with pytest.raises(DataError, match="without its table of items"):
         load_results(str(tmp_path / "plain.jsonl"))
@@ -205,7 +197,7 @@ def test_the_report_holds_every_result_and_its_figures(finished: Path, tmp_path:
 
 
 def test_the_table_leaves_in_three_forms() -> None:
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"model": model, "task": "t", "data": "d", "split": None, "metrics": {"m": value},
          "protocol": {"name": name, "metric": "m"}}
         for model, name, value in (("a_1|x", "p&q", 0.5), ("a_1|x", "r", 0.25), ("=b", "p&q", 0.125))
@@ -219,3 +211,5 @@ def test_the_table_leaves_in_three_forms() -> None:
     both = overview_of([*lines, {**lines[1], "model": "=b", "metrics": {"m": 0.75}}])
     assert both.columns[-1] == "mean of 2" and both.rows[1][-1] == "43.75"
     assert math.isclose(float(both.rows[0][-1]), 37.5)
+    single = [{**line, "protocol": {"metric": "m"}, "data": line["protocol"]["name"]} for line in lines[:2]]
+    assert overview_of(single).columns == ["model", "t p&q", "t r"]  # of single commands there is no mean

@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,42 +20,14 @@ from vlkit.features.source import CachedEmbedder
 from vlkit.features.store import open_features
 from vlkit.features.stored_source import StoredSource
 from vlkit.models.embedder import Embedder
-from vlkit.models.open_clip_encoder import OpenClipEncoder, build_encoder
+from vlkit.models.open_clip_encoder import OpenClipEncoder, build_encoder, construct
 
-SMALL: dict[str, Any] = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
 CAPTIONS = (("a dog", "the dog", "a dog"), (), ("a cat",), ("a dog", "a hat"))
 
 
-class Counting(OpenClipEncoder):
-    """An encoder that counts what it encodes."""
-
-    num_images = 0
-    num_texts = 0
-
-    def encode_image(self, images: torch.Tensor, normalize: bool = True) -> torch.Tensor:
-        self.num_images += len(images)
-        return super().encode_image(images, normalize)
-
-    def encode_text(self, tokens: torch.Tensor, normalize: bool = True) -> torch.Tensor:
-        self.num_texts += len(tokens)
-        return super().encode_text(tokens, normalize)
-
-
-@pytest.fixture(scope="module")
-def encoder() -> Counting:
-    torch.manual_seed(0)
-    built = build_encoder(SMALL).eval()
-    return Counting(built.model, built.architecture)
-
-
 @pytest.fixture
-def model(encoder: Counting) -> Iterator[CachedEmbedder]:
-    encoder.num_images = encoder.num_texts = 0
-    yield CachedEmbedder(lambda: Embedder(encoder, "small"), None)
+def model(counted: Any) -> CachedEmbedder:
+    return CachedEmbedder(lambda: Embedder(counted, "small"), None)
 
 
 def photograph(path: Path, seed: int) -> None:
@@ -113,7 +85,7 @@ def test_features_are_those_of_the_model(model: CachedEmbedder, tmp_path: Path) 
 def test_the_layout_is_clip_retrievals(model: CachedEmbedder, tmp_path: Path) -> None:
     source = source_in(tmp_path / "photos", range(6))
     embed_source(source, model, tmp_path / "out", part_size=4, precision="fp16")
-    matrix = np.load(tmp_path / "out" / "img_emb" / "img_emb_00001.npy")
+    matrix = np.load(tmp_path / "out" / "img_emb" / "img_emb_1.npy")
     assert matrix.dtype == np.float16 and matrix.shape == (2, 16)
     read = read_clip_retrieval(tmp_path / "out")
     assert len(read) == 6 and read.kinds == ("image", "text")
@@ -144,7 +116,7 @@ def test_a_second_run_does_nothing_and_needs_no_model(model: CachedEmbedder, tmp
 
 @pytest.mark.parametrize("seed", [0])
 def test_what_was_interrupted_continues_and_ends_equal(
-    model: CachedEmbedder, encoder: Counting, tmp_path: Path, seed: int
+    model: CachedEmbedder, encoder: Any, tmp_path: Path, seed: int
 ) -> None:
     source = source_in(tmp_path / "photos", range(12))
     embed_source(source, model, tmp_path / "whole", part_size=3, batch_size=2)
@@ -166,7 +138,7 @@ def test_what_was_interrupted_continues_and_ends_equal(
 
 
 def test_an_update_embeds_what_is_new_and_ends_like_a_fresh_run(
-    model: CachedEmbedder, encoder: Counting, tmp_path: Path
+    model: CachedEmbedder, encoder: Any, tmp_path: Path
 ) -> None:
     photos = tmp_path / "photos"
     (tmp_path / "out").mkdir()
@@ -192,7 +164,7 @@ def test_an_update_embeds_what_is_new_and_ends_like_a_fresh_run(
 
 
 def test_an_interrupted_update_leaves_the_old_set_and_continues(
-    model: CachedEmbedder, encoder: Counting, tmp_path: Path
+    model: CachedEmbedder, encoder: Any, tmp_path: Path
 ) -> None:
     embed_source(source_in(tmp_path / "photos", range(4)), model, tmp_path / "out", part_size=2)
     more = source_in(tmp_path / "photos", range(12))
@@ -234,7 +206,7 @@ def test_a_move_that_was_killed_is_finished(model: CachedEmbedder, tmp_path: Pat
         assert content(out) == expected
 
 
-def test_processes_share_the_parts(model: CachedEmbedder, encoder: Counting, tmp_path: Path) -> None:
+def test_processes_share_the_parts(model: CachedEmbedder, encoder: Any, tmp_path: Path) -> None:
     source = source_in(tmp_path / "photos", range(9))
     embed_source(source, model, tmp_path / "whole", part_size=2)
     encoder.num_images = 0
@@ -269,9 +241,9 @@ def test_patches(model: CachedEmbedder, tmp_path: Path) -> None:
         open_features(tmp_path / "plain").images(patches=True)
 
 
-def other_model() -> CachedEmbedder:
+def of_other_weights(model: CachedEmbedder) -> CachedEmbedder:
     torch.manual_seed(1)
-    built = Embedder(build_encoder(SMALL).eval(), "other")
+    built = Embedder(construct(model.embedder.encoder.architecture).eval(), "other")
     return CachedEmbedder(lambda: built, None)
 
 
@@ -280,7 +252,7 @@ def in_half(model: CachedEmbedder, source: Source, out: Path) -> EmbedReport:
 
 
 def other(model: CachedEmbedder, source: Source, out: Path) -> EmbedReport:
-    return embed_source(source, other_model(), out)
+    return embed_source(source, of_other_weights(model), out)
 
 
 def in_other_parts(model: CachedEmbedder, source: Source, out: Path) -> EmbedReport:
@@ -310,7 +282,7 @@ def test_what_does_not_go_together_is_refused(
         call(model, source, tmp_path / "out")
 
 
-def test_bad_input(model: CachedEmbedder, encoder: Counting, tmp_path: Path) -> None:
+def test_bad_input(model: CachedEmbedder, encoder: Any, tmp_path: Path, small: dict[str, Any]) -> None:
     source = source_in(tmp_path / "photos", range(3))
     with pytest.raises(GalleryError, match=r"holds no features: it has no fingerprint.json \(found: photos\)"):
         open_features(tmp_path)
@@ -320,7 +292,7 @@ def test_bad_input(model: CachedEmbedder, encoder: Counting, tmp_path: Path) -> 
         Path(str(record.image.path)).write_bytes(b"no image")
     with pytest.raises(DataError, match=r"None of the 3 images could be read. First: 0\.png"):
         embed_source(source, model, tmp_path / "out")
-    broken = OpenClipEncoder(build_encoder(SMALL).model, encoder.architecture)
+    broken = OpenClipEncoder(build_encoder(small).model, encoder.architecture)
     broken.log_scale.data.fill_(0)
     next(iter(broken.model.visual.parameters())).data.fill_(float("nan"))
     with pytest.raises(GalleryError, match=r"not finite for 1 of 1 images \(first: '1\.png'\)"):
@@ -330,7 +302,7 @@ def test_bad_input(model: CachedEmbedder, encoder: Counting, tmp_path: Path) -> 
     assert not (tmp_path / "nan" / "metadata").exists()
 
 
-def test_images_only(model: CachedEmbedder, encoder: Counting, tmp_path: Path) -> None:
+def test_images_only(model: CachedEmbedder, encoder: Any, tmp_path: Path) -> None:
     source = source_in(tmp_path / "photos", [1, 5])  # neither has a caption
     embed_source(source, model, tmp_path / "out")
     assert encoder.num_texts == 0 and not (tmp_path / "out" / "text_emb").exists()
@@ -338,8 +310,8 @@ def test_images_only(model: CachedEmbedder, encoder: Counting, tmp_path: Path) -
         open_features(tmp_path / "out").texts()
 
 
-def test_a_model_without_a_way_to_patches_is_refused(tmp_path: Path) -> None:
-    config = {**SMALL, "vision_cfg": {**SMALL["vision_cfg"], "pool_type": "avg", "final_ln_after_pool": True}}
+def test_a_model_without_a_way_to_patches_is_refused(tmp_path: Path, small: dict[str, Any]) -> None:
+    config = {**small, "vision_cfg": {**small["vision_cfg"], "pool_type": "avg", "final_ln_after_pool": True}}
     built = Embedder(build_encoder(config).eval(), "after")
     with pytest.raises(ModelError, match="no place in the joint space"):
         embed_source(
@@ -347,7 +319,7 @@ def test_a_model_without_a_way_to_patches_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_a_stored_set_answers_like_the_model(model: CachedEmbedder, encoder: Counting, tmp_path: Path) -> None:
+def test_a_stored_set_answers_like_the_model(model: CachedEmbedder, encoder: Any, tmp_path: Path) -> None:
     source = source_in(tmp_path / "photos", range(8))
     (tmp_path / "photos" / "6.png").write_bytes(b"no image")
     embed_source(source, model, tmp_path / "out", part_size=3)
@@ -368,4 +340,4 @@ def test_a_stored_set_answers_like_the_model(model: CachedEmbedder, encoder: Cou
     with pytest.raises(GalleryError, match=r"0\.png has \d+ bytes, and had \d+ when"):
         stored.embed_images([source.records[0]])
     with pytest.raises(GalleryError, match="do not go together: weights"):
-        StoredSource(open_features(tmp_path / "out"), other_model())
+        StoredSource(open_features(tmp_path / "out"), of_other_weights(model))

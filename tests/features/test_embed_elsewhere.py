@@ -21,17 +21,11 @@ from vlkit.features.store import open_features
 from vlkit.models.open_clip_encoder import build_encoder
 from vlkit.models.saved import save_encoder
 
-SMALL: dict[str, Any] = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
-
 
 @pytest.fixture
-def name(tmp_path: Path) -> str:
+def name(tmp_path: Path, small: dict[str, Any]) -> str:
     torch.manual_seed(0)
-    return f"local-dir:{save_encoder(build_encoder(SMALL), tmp_path / 'model')}"
+    return f"local-dir:{save_encoder(build_encoder(small), tmp_path / 'model')}"
 
 
 def source_in(folder: Path, count: int) -> Source:
@@ -63,7 +57,7 @@ def test_ray_makes_the_same_parts(name: str, tmp_path: Path) -> None:
 def _job_of(source: Source, name: str, out: Path) -> Any:
     about = open_features(out).about
     stamps = tuple(Stamper().stamp(record.image) for record in source.records)
-    return Job(out, 0, source.records, stamps, about.fingerprint, name, None, "fp32", None, None, True, 64, 0)
+    return Job(out, 0, 1, source.records, stamps, about.fingerprint, name, None, "fp32", None, None, True, 64, 0)
 
 
 def num_parts(out: Path) -> int:
@@ -94,4 +88,4 @@ def test_killed_at_any_moment_it_ends_equal(name: str, tmp_path: Path) -> None:
     subprocess.run([*command, str(tmp_path / "out")], check=True, capture_output=True)
     written = {path: data for path, data in content(tmp_path / "out").items() if not path.endswith(".tmp")}
     assert written == content(tmp_path / "whole")
-    assert pq.read_table(tmp_path / "out" / "metadata" / "metadata_00000.parquet").num_rows == 8
+    assert pq.read_table(tmp_path / "out" / "metadata" / "metadata_0.parquet").num_rows == 8

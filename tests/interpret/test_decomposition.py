@@ -45,22 +45,29 @@ def test_the_terms_add_up_to_the_feature(vision: dict[str, Any], images: torch.T
     assert parts.mlps.shape == parts.biases.shape == (2, 4, 24)
 
 
-def test_one_head_by_hand(encoder: OpenClipEncoder, images: torch.Tensor) -> None:
-    """Head 2 of the last layer, written out for the class token with torch's own attention weights."""
+def last_block(encoder: OpenClipEncoder, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Its normed input (B,L,W), torch's attention weights (B,H,L,L), deviation (B,) of the class token it leaves."""
     visual, tower = encoder.model.visual, encoder.vision_tower
     block = visual.transformer.resblocks[-1]
+    x = tower.embed(images)
+    for earlier in tower.blocks[:-1]:
+        x = earlier(x)
+    normed = block.ln_1(x)
+    _, weights = block.attn(normed, normed, normed, need_weights=True, average_attn_weights=False)
+    final = tower.through_blocks(images)[:, 0]
+    return normed, weights, (final.var(dim=-1, unbiased=False) + visual.ln_post.eps).sqrt()
+
+
+def test_one_head_by_hand(encoder: OpenClipEncoder, images: torch.Tensor) -> None:
+    """Head 2 of the last layer, written out for the class token with torch's own attention weights."""
+    visual = encoder.model.visual
+    block = visual.transformer.resblocks[-1]
     with torch.no_grad():
-        x = tower.embed(images)
-        for earlier in tower.blocks[:-1]:
-            x = earlier(x)
-        normed = block.ln_1(x)
-        _, weights = block.attn(normed, normed, normed, need_weights=True, average_attn_weights=False)
+        normed, weights, deviation = last_block(encoder, images)
         rows = slice(2 * 16, 3 * 16)
         width = 64
         value = normed @ block.attn.in_proj_weight[2 * width :][rows].T + block.attn.in_proj_bias[2 * width :][rows]
         written = weights[:, 2, :1] @ value @ block.attn.out_proj.weight[:, rows].T
-        final = tower.through_blocks(images)[:, 0]
-        deviation = (final.var(dim=-1, unbiased=False) + visual.ln_post.eps).sqrt()
         centred = written[:, 0] - written[:, 0].mean(dim=-1, keepdim=True)
         term = centred / deviation[:, None] * visual.ln_post.weight @ visual.proj
         term = term / encoder.encode_image(images, normalize=False).norm(dim=-1, keepdim=True)
@@ -71,17 +78,11 @@ def test_heat_maps_are_the_heads_parts_by_patch(encoder: OpenClipEncoder, images
     """Each patch's part of the last layer, head by head with torch's own attention weights."""
     directions = torch.randn(3, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     maps = heat_maps(encoder, images, directions, last_layers=1)
-    visual, tower = encoder.model.visual, encoder.vision_tower
+    visual = encoder.model.visual
     block = visual.transformer.resblocks[-1]
     with torch.no_grad():
-        x = tower.embed(images)
-        for earlier in tower.blocks[:-1]:
-            x = earlier(x)
-        normed = block.ln_1(x)
-        _, weights = block.attn(normed, normed, normed, need_weights=True, average_attn_weights=False)
+        normed, weights, deviation = last_block(encoder, images)
         values = normed @ block.attn.in_proj_weight[128:].T + block.attn.in_proj_bias[128:]
-        final = tower.through_blocks(images)[:, 0]
-        deviation = (final.var(dim=-1, unbiased=False) + visual.ln_post.eps).sqrt()
         length = encoder.encode_image(images, normalize=False).norm(dim=-1)
         expected = torch.zeros(2, 3, 17, dtype=torch.float64)
         for head in range(4):

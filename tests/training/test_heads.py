@@ -2,7 +2,7 @@
 
 import io
 import json
-import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +34,25 @@ VIT = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width"
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "white": (240, 240, 240)}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of pictures with one coloured square each, and an encoder with random weights."""
-    folder = tmp_path_factory.mktemp("pacl")
+def files_of(count: int) -> Iterator[tuple[str, bytes]]:
+    """Pictures with one coloured square each."""
     random = np.random.default_rng(0)
-    (folder / "shards").mkdir()
-    with tarfile.open(folder / "shards" / "00000.tar", "w") as tar:
-        for i in range(32):
-            name = list(COLOURS)[i % 4]
-            pixels = random.integers(90, 130, (32, 32, 3), dtype=np.uint8)
-            row, column = random.integers(0, 3, 2) * 8
-            pixels[row : row + 8, column : column + 8] = COLOURS[name]
-            picture = io.BytesIO()
-            Image.fromarray(pixels).save(picture, "PNG")
-            for suffix, content in (("png", picture.getvalue()), ("txt", f"a {name} square".encode())):
-                member = tarfile.TarInfo(f"{i:06d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    for i in range(count):
+        name = list(COLOURS)[i % 4]
+        pixels = random.integers(90, 130, (32, 32, 3), dtype=np.uint8)
+        row, column = random.integers(0, 3, 2) * 8
+        pixels[row : row + 8, column : column + 8] = COLOURS[name]
+        picture = io.BytesIO()
+        Image.fromarray(pixels).save(picture, "PNG")
+        yield f"{i:06d}.png", picture.getvalue()
+        yield f"{i:06d}.txt", f"a {name} square".encode()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, write_tar: Callable[..., Path]) -> Path:
+    """Shards, and an encoder with random weights."""
+    folder = tmp_path_factory.mktemp("pacl")
+    write_tar(folder / "shards" / "00000.tar", files_of(32))
     torch.manual_seed(0)
     save_encoder(build_encoder({"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT}), folder / "encoder")
     return folder

@@ -7,8 +7,7 @@ import io
 import json
 import math
 import shutil
-import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +31,26 @@ COLOURS = ("red", "green", "blue", "white", "black", "gray", "pink", "orange")
 STEPS = 9
 
 
-def write_shards(folder: Path, num_samples: int = 40, num_shards: int = 3, seed: int = 0) -> Path:
-    folder.mkdir(parents=True)
-    pixels = np.random.default_rng(seed)
-    for shard, numbers in enumerate(np.array_split(np.arange(num_samples), num_shards)):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for i in numbers.tolist():
-                picture = io.BytesIO()
-                Image.fromarray(pixels.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(picture, "PNG")
-                first = f"a {COLOURS[i % 8]} thing beside a {COLOURS[i // 8 % 8]} one"
-                captions = f"{first}\nnumber {i} in {COLOURS[(i + 3) % 8]}"
-                for suffix, content in (("png", picture.getvalue()), ("txt", captions.encode())):
-                    member = tarfile.TarInfo(f"{i:06d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    return folder
+def files_of(numbers: list[int], pixels: np.random.Generator) -> Iterator[tuple[str, bytes]]:
+    for i in numbers:
+        picture = io.BytesIO()
+        Image.fromarray(pixels.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(picture, "PNG")
+        first = f"a {COLOURS[i % 8]} thing beside a {COLOURS[i // 8 % 8]} one"
+        yield f"{i:06d}.png", picture.getvalue()
+        yield f"{i:06d}.txt", f"{first}\nnumber {i} in {COLOURS[(i + 3) % 8]}".encode()
+
+
+@pytest.fixture(scope="module")
+def write_shards(write_tar: Callable[..., Path]) -> Callable[..., Path]:
+    """`write_shards(folder, num_samples=16)`: noise and two captions each."""
+
+    def write(folder: Path, num_samples: int = 40, num_shards: int = 3, seed: int = 0) -> Path:
+        pixels = np.random.default_rng(seed)
+        for shard, numbers in enumerate(np.array_split(np.arange(num_samples), num_shards)):
+            write_tar(folder / f"{shard:05d}.tar", files_of(numbers.tolist(), pixels))
+        return folder
+
+    return write
 
 
 def settings(shards: Path, out: Path, *overrides: str) -> RunConfig:
@@ -67,7 +71,7 @@ def settings(shards: Path, out: Path, *overrides: str) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(tmp_path_factory: pytest.TempPathFactory, write_shards: Callable[..., Path]) -> Path:
     return write_shards(tmp_path_factory.mktemp("data") / "shards")
 
 
@@ -225,7 +229,7 @@ def test_another_run_is_not_continued(whole: Path, shards: Path, override: str, 
     assert [path.name for path in checkpoints(whole)] == ["step_00000004", "step_00000008", "step_00000009"]
 
 
-def test_changed_data_are_refused(whole: Path, tmp_path: Path) -> None:
+def test_changed_data_are_refused(whole: Path, tmp_path: Path, write_shards: Callable[..., Path]) -> None:
     others = write_shards(tmp_path / "others", seed=1)
     with pytest.raises(CheckpointError, match=r"data\.fingerprint: "):
         pretrain(settings(others, whole), resume=True)
@@ -266,7 +270,7 @@ def test_a_best_metric_that_is_not_measured_is_said(make_run: Callable[..., RunC
     assert said == ["checkpoint.keep_best = 'recall@1': step 1 was evaluated without it. Did you mean recall@10?"]
 
 
-def test_sixteen_pairs_are_learned_by_heart(tmp_path: Path) -> None:
+def test_sixteen_pairs_are_learned_by_heart(tmp_path: Path, write_shards: Callable[..., Path]) -> None:
     shards = write_shards(tmp_path / "shards", num_samples=16)
     overrides = ("run.steps=80", "data.global_batch_size=16", "data.augment=false", "data.captions_per_image=1")
     run = settings(shards, tmp_path / "out", *overrides, "optim.lr=3e-3", "checkpoint.every=1000")
@@ -315,7 +319,7 @@ def test_bf16_on_request(make_run: Callable[..., RunConfig]) -> None:
     assert {value.dtype for value in model(out).values()} <= {torch.float32, torch.int64}
 
 
-def test_broken_samples_are_reported(tmp_path: Path) -> None:
+def test_broken_samples_are_reported(tmp_path: Path, write_shards: Callable[..., Path]) -> None:
     shards = write_shards(tmp_path / "shards", num_shards=1)
     tar = shards / "00000.tar"
     content = tar.read_bytes()

@@ -4,8 +4,7 @@ import errno
 import io
 import json
 import shutil
-import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +27,18 @@ from vlkit.training.pretrain import is_out_of_memory, pretrain
 STEPS = 8
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
+def files_of(count: int) -> Iterator[tuple[str, bytes]]:
     pixels = np.random.default_rng(0)
-    with tarfile.open(folder / "00000.tar", "w") as tar:
-        for i in range(24):
-            picture = io.BytesIO()
-            Image.fromarray(pixels.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(picture, "PNG")
-            for suffix, content in (("png", picture.getvalue()), ("txt", f"thing number {i}".encode())):
-                member = tarfile.TarInfo(f"{i:06d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return folder
+    for i in range(count):
+        picture = io.BytesIO()
+        Image.fromarray(pixels.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(picture, "PNG")
+        yield f"{i:06d}.png", picture.getvalue()
+        yield f"{i:06d}.txt", f"thing number {i}".encode()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, write_tar: Callable[..., Path]) -> Path:
+    return write_tar(tmp_path_factory.mktemp("data") / "00000.tar", files_of(24)).parent
 
 
 @pytest.fixture

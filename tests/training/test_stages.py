@@ -3,7 +3,7 @@
 import io
 import json
 import shutil
-import tarfile
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,29 +35,24 @@ VIT = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size
 STEPS = 8
 
 
-def write_shard(path: Path, teacher: bool = False) -> Path:
+def files_of(count: int, teacher: bool) -> Iterator[tuple[str, bytes]]:
     made = np.random.default_rng(0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for i in range(20):
-            picture, arrays = io.BytesIO(), {}
-            Image.fromarray(made.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(picture, "PNG")
-            captions = f"the first caption of number {i}\nanother caption of {i} and a good many more words than that"
-            for name, rows in (("teacher_image", 1), ("teacher_text", 2)):
-                arrays[f"{name}.npy"] = io.BytesIO()
-                np.save(arrays[f"{name}.npy"], made.standard_normal((rows, 6)).astype(np.float16))
-            members = {"png": picture.getvalue(), "txt": captions.encode()}
-            members |= {name: data.getvalue() for name, data in arrays.items()} if teacher else {}
-            for suffix, content in members.items():
-                member = tarfile.TarInfo(f"{i:04d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return path
+    for i in range(count):
+        picture = io.BytesIO()
+        Image.fromarray(made.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(picture, "PNG")
+        captions = f"the first caption of number {i}\nanother caption of {i} and a good many more words than that"
+        yield f"{i:04d}.png", picture.getvalue()
+        yield f"{i:04d}.txt", captions.encode()
+        for name, rows in (("teacher_image", 1), ("teacher_text", 2)):
+            array = io.BytesIO()
+            np.save(array, made.standard_normal((rows, 6)).astype(np.float16))
+            if teacher:
+                yield f"{i:04d}.{name}.npy", array.getvalue()
 
 
 @pytest.fixture(scope="module")
-def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shard(tmp_path_factory.mktemp("data") / "0.tar", teacher=True)
+def shard(tmp_path_factory: pytest.TempPathFactory, write_tar: Callable[..., Path]) -> Path:
+    return write_tar(tmp_path_factory.mktemp("data") / "0.tar", files_of(20, teacher=True))
 
 
 def settings(shard: Path, out: Path, **sections: Any) -> RunConfig:
@@ -232,8 +227,8 @@ def test_lengths_of_stages_in_every_unit(shard: Path, tmp_path: Path) -> None:
     assert plan_stages(settings(shard, tmp_path), steps=7, steps_per_epoch=5) == [Stage(7, None, None)]
 
 
-def test_shards_without_the_teachers_features(tmp_path: Path) -> None:
-    plain = write_shard(tmp_path / "plain.tar")
+def test_shards_without_the_teachers_features(tmp_path: Path, write_tar: Callable[..., Path]) -> None:
+    plain = write_tar(tmp_path / "plain.tar", files_of(20, teacher=False))
     with pytest.raises(DataError, match=r"plain.tar, sample \d+: there is no .teacher_text.npy"):
         pretrain(settings(plain, tmp_path / "out", loss={"distillation": 1.0}))
 

@@ -2,8 +2,7 @@
 
 import io
 import json
-import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,20 @@ from vlkit.training.plan import dry_run
 from vlkit.training.pretrain import pretrain
 
 
-def write(folder: Path, count: int, broken: int | None = None) -> Path:
-    folder.mkdir(parents=True)
+def files_of(count: int, broken: int | None = None) -> Iterator[tuple[str, bytes]]:
     pixels = np.random.default_rng(count)
-    with tarfile.open(folder / "00000.tar", "w") as tar:
-        for number in range(count):
-            picture = io.BytesIO()
-            Image.fromarray(pixels.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(picture, "PNG")
-            content = picture.getvalue() if number != broken else b"rubbish"
-            about = {"caption": f"short {number}", "long": "One thing. " * 9, "kind": str(number % 2)}
-            for suffix, data in (("png", content), ("json", json.dumps(about).encode())):
-                member = tarfile.TarInfo(f"{number:06}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    return folder
+    for number in range(count):
+        picture = io.BytesIO()
+        Image.fromarray(pixels.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(picture, "PNG")
+        about = {"caption": f"short {number}", "long": "One thing. " * 9, "kind": str(number % 2)}
+        yield f"{number:06}.png", picture.getvalue() if number != broken else b"rubbish"
+        yield f"{number:06}.json", json.dumps(about).encode()
 
 
 @pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., RunConfig]:
-    first, second = write(tmp_path / "a", 16, broken=3), write(tmp_path / "b", 8)
+def make_run(tmp_path: Path, write_tar: Callable[..., Path]) -> Callable[..., RunConfig]:
+    first = write_tar(tmp_path / "a" / "00000.tar", files_of(16, broken=3)).parent
+    second = write_tar(tmp_path / "b" / "00000.tar", files_of(8)).parent
 
     def make(*overrides: str) -> RunConfig:
         vision = {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8}

@@ -2,8 +2,7 @@
 
 import io
 import json
-import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +28,18 @@ WORDS = ("red", "green", "blue", "white", "black", "gray", "pink", "orange")
 STEPS = 4
 
 
-@pytest.fixture(scope="module")
-def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "0.tar"
+def files_of(count: int) -> Iterator[tuple[str, bytes]]:
     made = np.random.default_rng(0)
-    with tarfile.open(path, "w") as tar:
-        for i in range(16):
-            picture = io.BytesIO()
-            Image.fromarray(made.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(picture, "PNG")
-            caption = f"a {WORDS[i % 8]} photo of {WORDS[i // 2]}"
-            for suffix, content in {"png": picture.getvalue(), "txt": caption.encode()}.items():
-                member = tarfile.TarInfo(f"{i:04d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return path
+    for i in range(count):
+        picture = io.BytesIO()
+        Image.fromarray(made.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(picture, "PNG")
+        yield f"{i:04d}.png", picture.getvalue()
+        yield f"{i:04d}.txt", f"a {WORDS[i % 8]} photo of {WORDS[i // 2]}".encode()
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory: pytest.TempPathFactory, write_tar: Callable[..., Path]) -> Path:
+    return write_tar(tmp_path_factory.mktemp("data") / "0.tar", files_of(16))
 
 
 @pytest.fixture(scope="module")

@@ -168,9 +168,7 @@ def validated(
     if reference.val is None or not reference.class_names or pipeline.streaming:
         return Adapted(fitted, None, None)
     assert reference.val.labels is not None
-    vectors = reference.val.vectors
-    if (pipeline.edits or pipeline.views or pipeline.local) and reference.passes is not None:
-        vectors = reference.passes.read(reference.val.records, pipeline.edits, pipeline.views).vectors
+    vectors = as_used(pipeline, reference.val, reference.passes)
     values = [
         reference.metric(
             one.classifier(reference.class_names, source, templates).logits(
@@ -181,6 +179,13 @@ def validated(
         for one in (PLAIN, pipeline)
     ]
     return Adapted(fitted, values[0], values[1])
+
+
+def as_used(pipeline: Pipeline, part: Part, passes: Passes | None) -> Vectors:
+    """A part's images under the edits of a pipeline and with the views and patches it wants, where these can be had."""
+    if passes is None or not (pipeline.edits or pipeline.views or pipeline.local):
+        return part.vectors
+    return passes.read(part.records, pipeline.edits, pipeline.views).vectors
 
 
 def _given(passes: Passes, records: Sequence[Record]) -> Part:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlkit.addons.adapt import Adapted
+from vlkit.addons.adapt import Adapted, as_used
 from vlkit.addons.base import AddOn
 from vlkit.addons.class_weights.templates import DEFAULT_TEMPLATES
 from vlkit.addons.pipeline import PLAIN, Pipeline
@@ -126,10 +126,8 @@ def _right(
 ) -> Tensor:
     """(n,) bool: the judged images that are named rightly."""
     pipeline = PLAIN if addon is None else Pipeline([addon]).fit(reference, source, templates)
-    vectors = judged.vectors
-    if (pipeline.edits or pipeline.views or pipeline.local) and reference.passes is not None:
-        vectors = reference.passes.read(judged.records, pipeline.edits, pipeline.views).vectors
-    logits = pipeline.classifier(reference.class_names, source, templates).logits(vectors)
+    classifier = pipeline.classifier(reference.class_names, source, templates)
+    logits = classifier.logits(as_used(pipeline, judged, reference.passes))
     assert judged.labels is not None
     return logits.argmax(1) == judged.labels
 

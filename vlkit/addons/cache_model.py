@@ -5,14 +5,16 @@
 Source: Zhang et al. 2022 (Tip-Adapter), arXiv:2207.09519.
 """
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlkit.addons.exchange import Vectors
+from vlkit.addons.base import Need, Term, Vectors, learned
+from vlkit.addons.views import TEN_CROPS, ViewRecipe
 
 if TYPE_CHECKING:
     from vlkit.addons.reference import Part, Reference
@@ -83,34 +85,65 @@ def grid(given: float | None, values: Iterable[float] = _GRID) -> list[float]:
     return list(values) if given is None else [given]
 
 
-def chosen_constants(
-    reference: "Reference",
-    given: tuple[float | None, float | None],
-    base: Callable[[Vectors], Tensor],
-    cache: Callable[[Vectors, float], Tensor],
-    unit: float,
-    start: Constants = START,
-) -> Constants:
-    """Alpha and beta: as given, else the best on the validation images, else those of the authors.
+def settled(given: Sequence[float | None], usual: Sequence[float]) -> Setting:
+    """The constants that are given, and the usual ones in place of the others."""
+    return tuple(other if one is None else one for one, other in zip(given, usual, strict=True))
 
-    Args:
-        reference: with validation images, or without.
-        given: alpha and beta; None is chosen.
-        base: logits (n,C) of images without the cache.
-        cache: the cache's answer (n,C) to images at a beta.
-        unit: what an alpha of 1 is in the logits of this model.
-        start: those of the authors.
+
+@dataclass(frozen=True)
+class FewShotTerm(Term):
+    """Whatever answers from few-shot images in ten crops, with constants that validation images choose."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"few_shot_labels", "class_names", "views"})
+    uses: ClassVar[frozenset[Need]] = frozenset({"val_labels"})
+    fit_views: ClassVar[ViewRecipe | None] = TEN_CROPS
+
+
+@dataclass(frozen=True)
+class CacheTerm(FewShotTerm):
+    """One with two constants, whose keys are asked by cosine.
+
+    Attributes:
+        alpha: weight of the answer beside logits of 100 x cosine; None: see `chosen`.
+        beta: sharpness of the answer; None: likewise.
     """
-    alpha, beta = given
-    if reference.val is None or (alpha is not None and beta is not None):
-        return Constants(start.alpha if alpha is None else alpha, start.beta if beta is None else beta)
-    with torch.no_grad():
-        images = reference.val.vectors
-        without = base(images)
-        candidates = (
-            ((one, sharp), without + one * unit * answered)
-            for sharp in grid(beta)
-            for answered in [cache(images, sharp)]
-            for one in grid(alpha)
-        )
-        return Constants(*best_setting(reference, candidates))
+
+    alpha: float | None = None
+    beta: float | None = None
+    keys: Tensor | None = learned()  # (n,D)
+    values: Tensor | None = learned()  # (n,C)
+
+    def answered(self, queries: Vectors, beta: float) -> Tensor:
+        """(Q,C) of images by the cache as it was learned."""
+        assert self.keys is not None and self.values is not None
+        return answer(queries.pooled @ self.keys.T, self.values, beta)
+
+    def weighted(self, queries: Vectors) -> Tensor:
+        """(Q,C) the same with alpha and beta as they were chosen, for the logits of this model."""
+        assert self.alpha is not None and self.beta is not None
+        return self.from_paper(self.alpha) * self.answered(queries, self.beta)
+
+    def chosen(self, reference: "Reference", base: Callable[[Vectors], Tensor], start: Constants = START) -> Self:
+        """With alpha and beta as given, else the best on the validation images, else those of the authors.
+
+        Args:
+            reference: with validation images, or without.
+            base: logits (n,C) of images without the cache.
+            start: those of the authors.
+        """
+        given = (self.alpha, self.beta)
+        if reference.val is None or None not in given:
+            alpha, beta = settled(given, start)
+            return replace(self, alpha=alpha, beta=beta)
+        unit = self.from_paper(1.0)  # what an alpha of 1 is in the logits of this model
+        with torch.no_grad():
+            images = reference.val.vectors
+            without = base(images)
+            candidates = (
+                ((one, sharp), without + one * unit * answered)
+                for sharp in grid(self.beta)
+                for answered in [self.answered(images, sharp)]
+                for one in grid(self.alpha)
+            )
+            alpha, beta = best_setting(reference, candidates)
+        return replace(self, alpha=alpha, beta=beta)

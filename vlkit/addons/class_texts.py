@@ -8,25 +8,18 @@ weights = mean_of_similarities(embedder, texts)
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vlkit.addons.class_names import ClassName
+from vlkit.addons.class_weights.templates import TextEmbedder
 from vlkit.addons.exchange import ClassWeights
 from vlkit.errors import ConfigError, DataError, did_you_mean
 
 
-class TextSource(Protocol):
-    """Whatever turns texts into unit vectors."""
-
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """(N,D) unit norm."""
-
-
-def mean_of_similarities(embedder: TextSource, texts: Sequence[Sequence[str]]) -> ClassWeights:
+def mean_of_similarities(embedder: TextEmbedder, texts: Sequence[Sequence[str]]) -> ClassWeights:
     """A class scores the mean similarity of its texts.
 
     Args:
@@ -37,7 +30,7 @@ def mean_of_similarities(embedder: TextSource, texts: Sequence[Sequence[str]]) -
     return ClassWeights(vectors, _class_of(texts), reduce="mean")
 
 
-def mean_of_features(embedder: TextSource, texts: Sequence[Sequence[str]]) -> ClassWeights:
+def mean_of_features(embedder: TextEmbedder, texts: Sequence[Sequence[str]]) -> ClassWeights:
     """A class is the mean of its texts' vectors, brought to unit norm again: one vector a class.
 
     Beside `mean_of_similarities` each class's score is divided by the length of the mean, so classes whose texts differ

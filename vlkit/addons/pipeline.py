@@ -348,6 +348,12 @@ class Pipeline:
             chosen = [addon.name for addon in self.addons if addon.slot == slot]
             if len(chosen) > 1:
                 raise ConfigError(f"{' and '.join(chosen)} do not go together: {reason}. Choose one.")
+        switches = [addon.name for addon in self.tower_edits if "patches" in addon.needs]
+        if len(switches) > 1:
+            raise ConfigError(
+                f"{' and '.join(switches)} do not go together: each mixes the patches of the last block anew, so only "
+                "the last would count. Choose one."
+            )
         if len(self.weightings) > 1 and self.merge is None:
             names = " and ".join(addon.name for addon in self.weightings)
             raise ConfigError(f"{names} each make class weights; choose one, or add a merge that joins their scores.")

@@ -16,14 +16,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vlkit.addons.feature_training import MOMENTUM, WARMUP_LR
 from vlkit.contracts import ImageTextBatch, Progress
 from vlkit.errors import ConfigError
 from vlkit.losses.objective import LossOutput
 from vlkit.models.dual_encoder import DualEncoder
 from vlkit.training.loop import NonFiniteError, Pace, fit
 
-MOMENTUM = 0.9
-WARMUP_LR = 1e-5
+# Standard deviation of vectors that start at random.
+RANDOM_STD = 0.02
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ def make_addon(text: str) -> AddOn:
         ConfigError: an unknown name or setting, or a value of another type.
         CheckpointError: a folder without an add-on in it, or with a damaged one.
     """
+    if not text.strip():
+        raise ConfigError("An add-on without a name; expected NAME[:key=value,...], a saved folder, or a file.py.")
     if Path(text).is_dir():
         from vlkit.addons.saved import load_addon  # it looks methods up here
 

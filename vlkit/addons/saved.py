@@ -55,11 +55,6 @@ def save_addon(addon: AddOn, folder: str | Path) -> Path:
     return folder
 
 
-def is_saved_addon(folder: str | Path) -> bool:
-    """Whether a folder holds an add-on."""
-    return (Path(folder) / RECORD).is_file()
-
-
 def load_addon(folder: str | Path) -> AddOn:
     """The add-on in a folder, fitted as it was.
 

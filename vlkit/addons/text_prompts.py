@@ -16,7 +16,7 @@ from vlkit.addons.base import ClassWeighting, Need, Weights, learned
 from vlkit.addons.class_names import ClassName
 from vlkit.addons.confidence import Confidence, beside, training_scale
 from vlkit.addons.exchange import ClassWeights, Vectors
-from vlkit.addons.prompt_fit import Plan, epochs_of, fit_prompts, frozen, parameter
+from vlkit.addons.prompt_fit import RANDOM_STD, Plan, epochs_of, fit_prompts, frozen, parameter
 from vlkit.addons.prompted_text import Position, Precision, PromptedText, encoder_of, prompt_tokens, word_ids
 from vlkit.contracts import Progress
 from vlkit.errors import ConfigError
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from vlkit.addons.reference import Reference
     from vlkit.features.source import FeatureSource
 
-# Standard deviation of vectors that start at random.
-RANDOM_STD = 0.02
 Learned = dict[str, Tensor]
 Loss = Callable[[Tensor], Tensor]
 

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 Learned = Mapping[str, Tensor]
 Loss = Callable[[Tensor], Tensor]
-# Standard deviation of vectors that start at random.
-RANDOM_STD = 0.02
 
 
 @dataclass(frozen=True)

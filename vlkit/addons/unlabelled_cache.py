@@ -7,6 +7,7 @@ the authors' code.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlkit.addons.cache_model import divergence
@@ -48,6 +49,35 @@ def representatives(signatures: Tensor, shots: int) -> Chosen:
         rows.append(surest[apart.argsort()[:shots]])
     classes = torch.arange(len(rows)).repeat_interleave(len(rows[0]))
     return Chosen(torch.cat(rows), classes)
+
+
+class UnlabelledCache(NamedTuple):
+    """Images that stand for their predicted class, as keys with answers."""
+
+    rows: Tensor  # (k,) of the unlabelled images
+    keys: Tensor  # (k,D) unit norm
+    values: Tensor  # (k,C) one-hot
+
+
+def signature(logits: Tensor, logit_scale: float) -> Tensor:
+    """(n,C) log-probabilities by which images are compared, of a model's logits (n,C)."""
+    return (logits * (SIGNATURE_SCALE / logit_scale)).log_softmax(dim=-1)
+
+
+def cache_of(images: Tensor, signatures: Tensor, shots: int | None) -> UnlabelledCache:
+    """The representatives of unlabelled images.
+
+    Args:
+        images: (n,D).
+        signatures: (n,C) log-probabilities.
+        shots: images a class; None: see `shots_of`.
+
+    Raises:
+        ConfigError: shots below 1.
+    """
+    num_classes = signatures.shape[1]
+    rows, classes = representatives(signatures, shots_of(len(images), num_classes) if shots is None else shots)
+    return UnlabelledCache(rows, F.normalize(images[rows], dim=-1), F.one_hot(classes, num_classes).float())
 
 
 def two_level_similarity(features: Tensor, keys: Tensor, queries: Tensor, signatures: Tensor) -> Tensor:

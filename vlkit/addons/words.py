@@ -41,9 +41,7 @@ _IRREGULAR = {
 
 def nouns_of(caption: str) -> list[str]:
     """The nouns of one caption in its order, singular, lower case, each once."""
-    found = [singular(word) for word in _NOUN.findall(caption.lower())]
-    kept = [word for word in found if len(word) >= 3 and word not in _NO_THINGS]
-    return list(dict.fromkeys(word for word in kept if not word.endswith("ing") or word in _THINGS_IN_ING))
+    return list(dict.fromkeys(word for word, _, _ in noun_spans(caption)))
 
 
 def noun_spans(caption: str) -> list[tuple[str, int, int]]:

@@ -7,6 +7,7 @@ import typer
 
 from vlkit.cli.adapt_active import Asking, asked_in_rounds
 from vlkit.cli.console import Json, print_json, print_table, progress_bar, say
+from vlkit.cli.options import BatchSize, Device, Model, NoCache
 from vlkit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def adapt(
             help="A name from `vlkit methods`, with settings as in tip_adapter:alpha=2,beta=5; auto: the best of four."
         ),
     ],
-    model: Annotated[str, typer.Option(help="run:FOLDER, local-dir:FOLDER or open_clip:NAME/TAG.")],
+    model: Model,
     data: Annotated[str, typer.Option(help="Folder of class folders, or images with captions.")],
     out: Annotated[Path, typer.Option(help="Folder for the fitted add-on.")],
     classes_file: Annotated[
@@ -56,9 +57,9 @@ def adapt(
     ),
     split: Annotated[str | None, typer.Option(help="Which split of the data to fit on.")] = None,
     format: Annotated[str | None, typer.Option(help="Of the data; default: from the files.")] = None,  # noqa: A002
-    device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a device's name.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded together.")] = 64,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Encode everything anew.")] = False,
+    device: Device = "auto",
+    batch_size: BatchSize = 64,
+    no_cache: NoCache = False,
     json: Json = False,
 ) -> None:
     """Fit a method on labelled images (a few a class, by seed) or on captioned ones, and save it."""
@@ -154,6 +155,8 @@ def _records(
         found = ", ".join(sorted({record.split or "none" for record in source.records}))
         raise DataError(f"{data} has no images of split train; it has {found}. Name one with --split.")
     if not source.class_names:
+        if not any(record.captions for record in chosen):
+            raise DataError(f"{data} has neither classes nor captions to fit on; expected a folder for each class.")
         return chosen, []
     if file is None and all(_is_wordnet(name) for name in source.class_names):
         raise DataError(

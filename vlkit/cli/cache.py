@@ -19,16 +19,23 @@ def info(json: Json = False) -> None:
     entries = cache.entries()
     total = sum(entry.num_bytes for entry in entries)
     if json:
-        names = ("model", "identity", "kind", "num_items", "num_bytes")
+        names = ("model", "identity", "kind", "decoder", "num_items", "num_bytes")
         rows = [{name: getattr(entry, name) for name in names} for entry in entries]
         print_json({"folder": str(cache.folder), "num_bytes": total, "entries": rows})
         return
-    columns = ("model", "identity", "kind", "items", "MB")
+    columns = ("model", "identity", "kind", "read by", "items", "MB")
     print_table(
         f"{cache.folder}: {total / 1e6:.1f} MB",
         columns,
         [
-            (entry.model, entry.identity[:12], entry.kind, entry.num_items, f"{entry.num_bytes / 1e6:.1f}")
+            (
+                entry.model,
+                entry.identity[:12],
+                entry.kind,
+                entry.decoder,
+                entry.num_items,
+                f"{entry.num_bytes / 1e6:.1f}",
+            )
             for entry in entries
         ],
     )

@@ -12,6 +12,7 @@ import typer
 
 from vlkit.cli.addon_options import AddOns, fitted_on_names, pipeline_of
 from vlkit.cli.console import Json, Precision, print_json, print_table, progress_bar, say
+from vlkit.cli.options import MAX_UNREADABLE_SHOWN, BatchSize, Device, ImagePaths, Model, NoCache, Templates
 from vlkit.errors import ConfigError, DataError
 from vlkit.escape import csv_cell
 
@@ -19,20 +20,17 @@ if TYPE_CHECKING:
     from vlkit.addons.adapted import AdaptedClassifier
     from vlkit.classify import Classified, Sorter, Unreadable
 
-MAX_UNREADABLE_SHOWN = 20
 MAX_TABLE_ROWS = 200
 
 
 def classify(
-    images: Annotated[list[str], typer.Argument(help="Folders (recursive), image files, .tar shards.")],
-    model: Annotated[str, typer.Option(help="run:FOLDER, local-dir:FOLDER or open_clip:NAME/TAG.")],
+    images: ImagePaths,
+    model: Model,
     classes: Annotated[str | None, typer.Option(help="Class names, separated by commas, or a file's path.")] = None,
     classes_file: Annotated[
         Path | None, typer.Option(help="One class a line; `name | synonym | synonym` scores the maximum.")
     ] = None,
-    templates: Annotated[
-        str, typer.Option(help="none, photo, simple, imagenet80, a file, or a text with {}.")
-    ] = "simple",
+    templates: Templates = "simple",
     addon: AddOns = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to give for each image.")] = 5,
     min_probability: Annotated[float, typer.Option(min=0.0, max=1.0, help="Below it an image counts as unsure.")] = 0.0,
@@ -40,18 +38,18 @@ def classify(
     sort_into: Annotated[Path | None, typer.Option(help="Put each image into DIR/<class>/; nothing is moved.")] = None,
     link: Annotated[bool, typer.Option("--link/--copy", help="How --sort-into places images.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page with thumbnails.")] = None,
-    device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a device's name.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded together.")] = 64,
+    device: Device = "auto",
+    batch_size: BatchSize = 64,
     workers: Annotated[int, typer.Option(min=0, help="Decoders beside this process.")] = min(os.cpu_count() or 1, 8),
     precision: Annotated[
         Precision,
         typer.Option(
             help="Of the weights. auto: fp32's classes in little more than bf16's time, where the processor has bf16: "
-            "close calls are encoded again in fp32. With --addon: fp32."
+            "close calls are encoded again in fp32, and another class list has its own. With --addon: fp32."
         ),
     ] = Precision.AUTO,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Encode everything anew.")] = False,
-    json_lines: Json = False,
+    no_cache: NoCache = False,
+    json: Json = False,
 ) -> None:
     """Classify images zero-shot. Unreadable images are listed at the end and do not stop the run."""
     # Cheap checks first: a mistyped class list should not wait for torch.
@@ -94,7 +92,7 @@ def classify(
     sorter = Sorter(sort_into, classifier.class_names, link=link) if sort_into is not None else None
     with ExitStack() as stack:
         write_row = _csv_writer(stack, csv_file, min(top, len(class_list))) if csv_file is not None else None
-        sinks = _Sinks(json_lines, classifier.rule, write_row, sorter)
+        sinks = _Sinks(json, classifier.rule, write_row, sorter)
         results = run(
             source.records,
             top=top,
@@ -110,7 +108,7 @@ def classify(
         for _ in passed_on:  # without a report nobody else has consumed them
             pass
     num_classified = len(source.records) - len(sinks.unreadable)
-    if not json_lines:
+    if not json:
         title = f"{num_classified} images; {classifier.rule}"
         print_table(title, ["image", "class", "probability", "next"], sinks.table)
         if num_classified > len(sinks.table):
@@ -125,12 +123,12 @@ class _Sinks:
 
     def __init__(
         self,
-        json_lines: bool,
+        json: bool,
         rule: str,
         write_row: "Callable[[Classified | Unreadable], None] | None",
         sorter: "Sorter | None",
     ) -> None:
-        self.json_lines, self.rule, self.write_row, self.sorter = json_lines, rule, write_row, sorter
+        self.json, self.rule, self.write_row, self.sorter = json, rule, write_row, sorter
         self.unreadable: list[Unreadable] = []
         self.table: list[tuple[object, ...]] = []
 
@@ -139,7 +137,7 @@ class _Sinks:
         from vlkit.classify import Unreadable
 
         for result in results:
-            if self.json_lines:
+            if self.json:
                 print_json(_as_json(result, self.rule))
             if self.write_row is not None:
                 self.write_row(result)

@@ -80,6 +80,8 @@ def print_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequen
 def progress_bar(label: str, unit: str = "items") -> Iterator[ProgressCallback]:
     """A bar on stderr with count, rate and time left; silent when stderr is no terminal.
 
+    With the unit "%" the share that is done stands in place of count and rate.
+
     Yields:
         A callback that takes (done, total).
     """
@@ -87,16 +89,17 @@ def progress_bar(label: str, unit: str = "items") -> Iterator[ProgressCallback]:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        TaskProgressColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
+    counted = (MofNCompleteColumn(), TextColumn(f"{{task.fields[rate]}} {unit}/s", markup=False))
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(f"{{task.fields[rate]}} {unit}/s", markup=False),
+        *((TaskProgressColumn(),) if unit == "%" else counted),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

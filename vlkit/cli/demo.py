@@ -15,7 +15,7 @@ def demo(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the shipped run.")
     ] = None,
-    json_object: Json = False,
+    json: Json = False,
 ) -> None:
     """The whole story in a few minutes: build shards, train, classify, retrieve, and write a report to look at."""
     from eval.demo import demo_rows, run_demo
@@ -29,7 +29,7 @@ def demo(
         bars=progress_bar,
         say=say,
     )
-    if json_object:
+    if json:
         print_json(
             {
                 "out": str(result.out),

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from vlkit.cli.console import Json, print_json, print_table, progress_bar, say
-
-MAX_UNREADABLE_SHOWN = 20
+from vlkit.cli.options import MAX_UNREADABLE_SHOWN, BatchSize, Device, Model
 
 
 class Engine(StrEnum):
@@ -35,7 +34,7 @@ class Views(StrEnum):
 
 def embed(
     source: Annotated[str, typer.Argument(help="Folder, table, annotation file or shards.")],
-    model: Annotated[str, typer.Option(help="run:FOLDER, local-dir:FOLDER or open_clip:NAME/TAG.")],
+    model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the features; what was begun there is continued.")],
     update: Annotated[
         bool, typer.Option("--update", help="Embed what is new or changed in the source, drop what is gone.")
@@ -58,8 +57,8 @@ def embed(
     part_size: Annotated[
         int | None, typer.Option(min=1, help="Images a part: what a kill may cost. [default: 1024 or more]")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a device's name.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded together.")] = 64,
+    device: Device = "auto",
+    batch_size: BatchSize = 64,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Threads that decode, with ray tasks at once; default: one per core.")
     ] = None,

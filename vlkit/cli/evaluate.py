@@ -12,14 +12,10 @@ from vlkit.cli.console import Json, progress_bar
 from vlkit.cli.evaluate_addons import addons
 from vlkit.cli.evaluate_anchors import anchors
 from vlkit.cli.evaluate_common import (
-    BatchSize,
     Data,
-    Device,
     Features,
     Format,
     Images,
-    Model,
-    NoCache,
     Out,
     PerItem,
     Report,
@@ -43,6 +39,7 @@ from vlkit.cli.evaluate_prompts import prompts
 from vlkit.cli.evaluate_reasons import doubly_right
 from vlkit.cli.evaluate_sets import image_retrieval, ood, worst_group
 from vlkit.cli.evaluate_suite import compare, report, suite
+from vlkit.cli.options import BatchSize, Device, Model, NoCache
 from vlkit.cli.own_eval import require_own_eval
 from vlkit.errors import ConfigError
 
@@ -135,6 +132,8 @@ def classification(
     format: Format = None,  # noqa: A002  (the option's name)
     images: Images = None,
     split: Split = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of a table with the image paths.")] = None,
+    class_column: Annotated[str | None, typer.Option(help="Column of a table with the classes.")] = None,
     out: Out = Path("results.jsonl"),
     per_item: PerItem = None,
     report: Report = None,
@@ -152,7 +151,7 @@ def classification(
     require_own_eval()
     check_targets(out, per_item, report)
     pipeline = pipeline_of(addon)
-    source, classes = read_classes(data, images, format, split, class_names, exclude)
+    source, classes = read_classes(data, images, format, split, class_names, exclude, image_column, class_column)
     from eval.classification import ClassificationEvaluator
     from eval.multi_label import MultiLabelEvaluator
     from vlkit.addons.class_weights.templates import load_templates

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlkit.cli.console import print_json, print_table, progress_bar, say
-from vlkit.cli.evaluate_common import ClassNames, Data, Exclude, Format, Images, Model, NoCache
+from vlkit.cli.evaluate_common import ClassNames, Data, Exclude, Format, Images
+from vlkit.cli.options import BatchSize, Device, Model, NoCache
 from vlkit.cli.own_eval import require_own_eval
-from vlkit.errors import DataError
+from vlkit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from vlkit.features.source import FeatureSource
@@ -24,15 +25,16 @@ def addons(
     exclude: Exclude = None,
     format: Format = None,  # noqa: A002  (the option's name)
     images: Images = None,
-    on: Annotated[str, typer.Option(help="Split that captioned images are measured on; they are fitted on train.")] = (
-        "test"
-    ),
+    on: Annotated[
+        str | None,
+        typer.Option(help="Split that captioned images are measured on; they are fitted on train. [default: test]"),
+    ] = None,
     shots: Annotated[int, typer.Option(min=1, help="Labelled images a class to fit on.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
     templates: Annotated[str, typer.Option(help="Prompts around class names.")] = "simple",
     report: Annotated[Path | None, typer.Option(help="Also write an HTML page.")] = None,
-    device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a device's name.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded together.")] = 64,
+    device: Device = "auto",
+    batch_size: BatchSize = 64,
     no_cache: NoCache = False,
     json_object: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -58,6 +60,10 @@ def addons(
         check_writable(report)
     chosen = [make_addon(text) for text in addon] if addon else [find_method(name)() for name in addon_rows()]
     labelled = bool(read_source(data, format=format, images=images).class_names)
+    if labelled and on is not None:
+        raise ConfigError(f"--on is for captioned images, but {data} has classes. Leave it out.")
+    if not labelled and (class_names is not None or exclude):
+        raise ConfigError(f"--class-names and --exclude are for classes, but {data} has none. Leave them out.")
     source = source_of_features(model, device, None, no_cache)
     local = any({"patches", "patch_tokens"} & (one.needs | one.uses) for one in chosen) and _has_patches(source)
     bench: Bench
@@ -74,9 +80,11 @@ def addons(
             records = read_source(data, format=format, images=images).records
             if not any(record.captions for record in records):
                 raise DataError(f"{data} has neither classes nor captions to measure add-ons on.")
-            bench = retrieval_bench(passes, records, seed=seed, on=on)
+            bench = retrieval_bench(passes, records, seed=seed, on=on or "test")
     with progress_bar("add-ons", "add-ons") as tick:
         board = compare_addons(bench, source, passes, chosen, progress=tick, say=say)
+    if addon and len(board.rows) == 1:
+        raise ConfigError(f"Nothing that --addon names can be used on {data}; the lines above say why.")
     if report is not None:
         write_report(report, f"Add-ons: {model} on {data}", leaderboard_sections(board), bench.how)
         say(f"written: {report}")

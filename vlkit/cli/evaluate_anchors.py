@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vlkit.cli.console import Json, print_json, print_table, progress_bar
-from vlkit.cli.evaluate_common import Device, NoCache
+from vlkit.cli.options import Device, NoCache
 from vlkit.cli.own_eval import require_own_eval
 from vlkit.errors import ConfigError
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlkit.cli.console import Json, print_json, print_table, progress_bar, say
+from vlkit.cli.options import MAX_UNREADABLE_SHOWN, BatchSize, Device, Model, NoCache
 from vlkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,10 +21,8 @@ if TYPE_CHECKING:
     from vlkit.data.records import Source
     from vlkit.features.source import FeatureSource
 
-MAX_UNREADABLE_SHOWN = 20
 REPORT_EXAMPLES = 16
 
-Model = Annotated[str, typer.Option(help="run:FOLDER, local-dir:FOLDER or open_clip:NAME/TAG.")]
 Data = Annotated[str, typer.Option(help="Folder of the data set, its annotation file, or shards.")]
 Images = Annotated[Path | None, typer.Option(help="Folder of the images, where it is not the customary one.")]
 Format = Annotated[
@@ -43,12 +42,9 @@ PerItem = Annotated[
     ),
 ]
 Report = Annotated[Path | None, typer.Option(help="Also write an HTML page with examples.")]
-Device = Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a device's name.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images encoded together.")]
 Features = Annotated[
     Path | None, typer.Option(help="Features of the same data made by `vlkit embed`; no image is encoded.")
 ]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Encode everything anew.")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Threads that decode; default: one per core, at most 8.")]
 
 
@@ -57,7 +53,6 @@ ClassNames = Annotated[
     typer.Option(help="`folder<TAB>name` or `folder => name` a line, JSON, or names in sorted folder order."),
 ]
 Exclude = Annotated[list[str] | None, typer.Option(help="Class folder to leave out; may be repeated.")]
-Templates = Annotated[str, typer.Option(help="none, photo, simple, imagenet80, a file, or a text with {}.")]
 
 
 def read_classes(
@@ -67,12 +62,15 @@ def read_classes(
     split: str | None = None,
     class_names: Path | None = None,
     exclude: list[str] | None = None,
+    image_column: str | None = None,
+    class_column: str | None = None,
 ) -> "tuple[Source, NamedClasses]":
     """Data with classes and the names these go by in prompts; what is remarkable about either is said."""
     from eval.class_names import name_classes
     from vlkit.data.sources import read_source
 
-    source = read_source(data, format=format, images=images, split=split)
+    columns = {"image_column": image_column, "class_column": class_column}
+    source = read_source(data, format=format, images=images, split=split, **columns)
     remark_on(source, split)
     numbered = source.class_names and all(name.isdecimal() for name in source.class_names)
     if source.format == "webdataset" and class_names is None and numbered:
@@ -256,6 +254,7 @@ def make_line(
     started: float,
 ) -> dict[str, Any]:
     """The line of the results file; `source` is what was read last, the test data."""
+    from eval.fingerprints import fingerprinted
     from eval.results import result_line, run_facts
     from vlkit.features.stored_source import StoredSource
     from vlkit.models.load import pick_device
@@ -274,7 +273,7 @@ def make_line(
     )
     if isinstance(embedder, StoredSource) and embedder.stored.about.precision != "fp32":
         line["protocol"]["features"] = f"stored as {embedder.stored.about.precision}"
-    return line
+    return fingerprinted(line, embedder.card.precision, embedder.card.decoder, evaluation.per_item)
 
 
 def hand_over(
@@ -292,6 +291,7 @@ def hand_over(
     from eval.report_sections import evaluation_sections, metric_rows
     from eval.results import append_result
 
+    evaluation = replace(evaluation, protocol=line["protocol"])  # with its fingerprint
     if per_item is not None:
         line = _with_files(line, evaluation, per_item, out)
     append_result(out, line)
@@ -302,6 +302,9 @@ def hand_over(
         print_json(line)
     else:
         print_table(f"{where}: {title}", ["metric", "value", "95% interval"], metric_rows(evaluation))
+    for key, count in evaluation.counts.items():
+        if "_without_" in key and count:  # such as classes_without_images: they count in no mean
+            say(f"not measured: {count} {key.replace('_', ' ')}")
     unreadable = evaluation.figures.get("unreadable_images", ())
     if unreadable:
         say(f"{len(unreadable)} unreadable images are left out of every number:")

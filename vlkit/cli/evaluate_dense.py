@@ -8,8 +8,9 @@ import typer
 
 from vlkit.cli.addon_options import AddOns, pipeline_of
 from vlkit.cli.console import progress_bar, say
-from vlkit.cli.evaluate_common import Images, Shared, Split, Templates, with_shared_options
+from vlkit.cli.evaluate_common import Images, Shared, Split, with_shared_options
 from vlkit.cli.evaluate_options import Seed, parse_numbers, read_lines_of
+from vlkit.cli.options import Templates
 from vlkit.errors import ConfigError
 
 if TYPE_CHECKING:

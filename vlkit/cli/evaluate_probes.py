@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlkit.cli.evaluate_common import Exclude, Format, Images, Shared, Templates, remark_on, with_shared_options
+from vlkit.cli.evaluate_common import Exclude, Format, Images, Shared, remark_on, with_shared_options
 from vlkit.cli.evaluate_options import ClassData, Seed, named_path, parse_numbers
+from vlkit.cli.options import Templates
 from vlkit.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlkit.cli.console import Json, print_json, print_table, progress_bar, say
-from vlkit.cli.evaluate_common import ClassNames, Device, Exclude, Format, Images, Model, NoCache, remark_on
+from vlkit.cli.evaluate_common import ClassNames, Exclude, Format, Images, remark_on
 from vlkit.cli.evaluate_options import named_path, parse_numbers
+from vlkit.cli.options import Device, Model, NoCache
 from vlkit.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from vlkit.cli.evaluate_common import (
     Images,
     Shared,
     Split,
-    Templates,
     read_classes,
     remark_on,
     with_shared_options,
 )
 from vlkit.cli.evaluate_options import ClassSplit, Seed, named_path
+from vlkit.cli.options import Templates
 from vlkit.errors import DataError
 
 if TYPE_CHECKING:

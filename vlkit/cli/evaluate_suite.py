@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlkit.cli.console import Decode, Json, Precision, print_json, print_table, progress_bar, say
-from vlkit.cli.evaluate_common import BatchSize, Device, NoCache, Workers
+from vlkit.cli.evaluate_common import Workers
+from vlkit.cli.options import BatchSize, Device, NoCache
 from vlkit.cli.own_eval import require_own_eval
 from vlkit.errors import ConfigError
 
@@ -62,7 +63,7 @@ def suite(
         return open_source(name, own, cache, precision=precision.value, decode=decode.value)
 
     outcomes = []
-    with progress_bar("suite", "thousandths") as tick:
+    with progress_bar("suite", "%") as tick:
         for outcome in run_suite(
             [name.strip() for name in models.split(",")],
             jobs,

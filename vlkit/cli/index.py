@@ -49,7 +49,7 @@ def info(folder: Folder, json: Json = False) -> None:
     if json:
         print_json({**facts, "identity": fingerprint.get("identity")})
     else:
-        print_table(None, ("what", "value"), list(facts.items()))
+        print_table(None, ("what", "value"), [(name.replace("num_", ""), value) for name, value in facts.items()])
 
 
 @app.command()

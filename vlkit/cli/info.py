@@ -30,10 +30,10 @@ PACKAGES = (
 )
 
 
-def info(as_json: Json = False) -> None:
+def info(json: Json = False) -> None:
     """Show versions, devices, folders and settings."""
     facts = collect()
-    if as_json:
+    if json:
         print_json(facts)
     else:
         print_table(None, ("what", "value"), _rows(facts))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlkit.cli.console import Json, print_json, print_table, progress_bar, say
+from vlkit.cli.options import Device, ImagePaths
 from vlkit.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _BATCH = 16
 
 def interpret(
     method: Annotated[str, typer.Argument(help="decomposition, legrad, relevance (heat maps), or text_span (heads).")],
-    images: Annotated[list[str], typer.Argument(help="Folders (recursive), image files, .tar shards.")],
+    images: ImagePaths,
     model: Annotated[str, typer.Option(help="A model with a CLIP ViT: run:FOLDER, open_clip:NAME/TAG, ...")],
     out: Annotated[Path, typer.Option(help="Folder for the pictures, or for heads.json.")],
     text: Annotated[list[str] | None, typer.Option(help="What to look for; may be repeated.")] = None,
@@ -33,7 +34,7 @@ def interpret(
         int | None, typer.Option(min=1, help="Layers that count, from the end; default the method's own.")
     ] = None,
     num_texts: Annotated[int, typer.Option(min=1, help="Texts that text_span finds for each head.")] = 5,
-    device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a device's name.")] = "auto",
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Explain images: where a text is seen in them, or what the attention heads of the model look for."""

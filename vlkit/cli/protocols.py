@@ -13,19 +13,20 @@ if TYPE_CHECKING:
 
 def protocols(
     text: Annotated[str, typer.Argument(help="Only those whose name or title holds this.")] = "",
-    json_lines: Json = False,
+    json: Json = False,
 ) -> None:
     """List evaluation protocols: split, captions, templates, class names, metric."""
     require_own_eval()
     from eval.coop_sets import PRESETS
     from eval.protocols import PROTOCOLS
+    from vlkit.features.model_card import DECODERS
 
     rows = [row for row in PROTOCOLS.values() if text.lower() in f"{row.name} {row.title}".lower()]
     # Over several data sets, of `vlkit eval prompts --protocol NAME --data FOLDER`.
     presets = {name: one for name, one in PRESETS.items() if text.lower() in f"{name} {one.title}".lower()}
-    if json_lines:
+    if json:
         for row in rows:
-            settings = row.settings("fp32", "reference")
+            settings = row.settings("fp32", DECODERS["reference"])  # what `eval suite` does unless asked otherwise
             print_json({"title": row.title, "folders": list(row.folders), "published": row.published, **settings})
         for name, one in presets.items():
             print_json(_about(name, one))

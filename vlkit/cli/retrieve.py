@@ -8,6 +8,7 @@ import typer
 
 from vlkit.cli.addon_options import AddOns, pipeline_of
 from vlkit.cli.console import Json, print_json, print_table, say
+from vlkit.cli.options import Device
 from vlkit.cli.own_eval import require_own_eval
 from vlkit.errors import DataError
 
@@ -28,7 +29,7 @@ def retrieve(
     page: Annotated[
         Path | None, typer.Option("--open", help="Write an HTML page with the pictures, and show it in a browser.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a device's name.")] = "auto",
+    device: Device = "auto",
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Encode the query anew each time.")] = False,
     json: Json = False,
 ) -> None:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlkit.cli.console import Json, out, print_json, progress_bar, say
-from vlkit.cli.shards_build import Workers, build, processes
+from vlkit.cli.options import Shards
+from vlkit.cli.shards_build import Workers, beside, build, processes
 from vlkit.cli.shards_curate import dedupe, leakage, select
 from vlkit.cli.shards_reinforce import reinforce
 from vlkit.escape import terminal_text
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 GROUP = "shards"
 
 app = typer.Typer(help="Build, check, summarize, clean and choose webdataset shards.", no_args_is_help=True)
-
-Shards = Annotated[str, typer.Argument(help="A folder of shards, a tar, a glob, or braces like {00000..00099}.tar.")]
-
 
 for command in (build, dedupe, leakage, select, reinforce):
     app.command()(command)
@@ -41,7 +39,7 @@ def validate(
     from data_tools.validate import validate_shards
 
     with progress_bar("validate", "samples") as progress:
-        report = validate_shards(shards, workers=_beside(workers), progress=progress)
+        report = validate_shards(shards, workers=beside(workers), progress=progress)
     if json:
         print_json(report.to_json())
     else:
@@ -63,7 +61,7 @@ def summarize(
     from data_tools.summarize import summarize_shards, write_html
 
     with progress_bar("summarize", "samples") as progress:
-        summary = summarize_shards(shards, workers=_beside(workers), progress=progress)
+        summary = summarize_shards(shards, workers=beside(workers), progress=progress)
     if json:
         print_json(summary.to_json())
     else:
@@ -82,8 +80,3 @@ def _fix(report: "ValidationReport", folder: Path, workers: int | None) -> None:
         say(f"left out: {line}")
     copied, others = fixed.copied.num_samples, fixed.left_out.total
     say(f"wrote {copied} samples to {folder}; {LEFT_OUT} there lists the {others} others")
-
-
-def _beside(workers: int | None) -> int:
-    """Processes beside this one: a single worker is this one."""
-    return 0 if processes(workers) == 1 else processes(workers)

@@ -129,6 +129,11 @@ def processes(workers: int | None) -> int:
     return workers or default_workers()
 
 
+def beside(workers: int | None) -> int:
+    """Processes beside this one: a single worker is this one."""
+    return 0 if processes(workers) == 1 else processes(workers)
+
+
 def _refuse_idle(options: Mapping[str, object], what: str) -> None:
     given = [name for name, value in options.items() if value is not None]
     if given:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlkit.cli.console import Json, print_json, print_table, progress_bar, say
-from vlkit.cli.shards_build import Workers, processes
+from vlkit.cli.options import Shards
+from vlkit.cli.shards_build import Workers, beside, processes
 from vlkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from vlkit.data.shard_index import ShardSet
     from vlkit.models.embedder import Embedder
 
-Shards = Annotated[str, typer.Argument(help="A folder of shards, a tar, a glob, or braces like {00000..00099}.tar.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for a copy without them, as new shards.")]
 PerShard = Annotated[int, typer.Option(help="Of the new shards.")]
 Page = Annotated[Path | None, typer.Option(help="Also write a page that shows the pairs side by side.")]
@@ -70,7 +70,7 @@ def dedupe(
             min_correlation=min_correlation,
             min_cosine=min_cosine,
             embed=_embed(model, device),
-            workers=_beside(workers),
+            workers=beside(workers),
             progress=progress,
         )
     if json:
@@ -126,7 +126,7 @@ def leakage(
             min_correlation=min_correlation,
             min_cosine=min_cosine,
             embed=_embed(model, device),
-            workers=_beside(workers),
+            workers=beside(workers),
             progress=progress,
         )
     if json:
@@ -187,7 +187,7 @@ def select(
             min_score=min_score,
             keep_fraction=keep_fraction,
             uid_list=uids,
-            workers=_beside(workers),
+            workers=beside(workers),
             progress=progress,
         )
     if json:
@@ -263,8 +263,3 @@ def _table_scoring(path: Path, column: str) -> "Scoring":
         return found
 
     return score
-
-
-def _beside(workers: int | None) -> int:
-    """Processes beside this one: a single worker is this one."""
-    return 0 if processes(workers) == 1 else processes(workers)

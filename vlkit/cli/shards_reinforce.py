@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlkit.cli.console import Json, Precision, print_json, print_table, progress_bar, say
+from vlkit.cli.options import BatchSize, Shards
 from vlkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,9 +22,7 @@ class Stored(StrEnum):
 
 
 def reinforce(
-    shards: Annotated[
-        str, typer.Argument(help="A folder of shards, a tar, a glob, or braces like {00000..00099}.tar.")
-    ],
+    shards: Shards,
     teacher: Annotated[str, typer.Option(help="Any --model name: open_clip:ARCHITECTURE/TAG, hf:NAME, run:FOLDER.")],
     out: Annotated[Path, typer.Option(help="Folder for the copy; one begun with the same teacher is continued.")],
     field: Annotated[
@@ -40,7 +39,7 @@ def reinforce(
     precision: Annotated[Stored, typer.Option(help="Of the numbers stored.")] = Stored.FP16,
     teacher_precision: Annotated[Precision, typer.Option(help="Of the teacher's weights.")] = Precision.FP32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded together.")] = 64,
+    batch_size: BatchSize = 64,
     json: Json = False,
 ) -> None:
     """Store a teacher's image and text features in a copy of shards, for training with loss.distillation.

@@ -36,6 +36,7 @@ class CacheEntry(NamedTuple):
     model: str  # the name it was first loaded by
     identity: str
     kind: Kind
+    decoder: str  # how the images were read; empty for texts
     num_items: int  # rows; one stands twice when two processes added it at once
     num_bytes: int
     folder: Path
@@ -102,7 +103,8 @@ class FeatureCache:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 with atomic_file(about) as file:
-                    file.write(json.dumps({"model": card.name, "identity": card.identity}).encode())
+                    known = {"model": card.name, "identity": card.identity, "decoder": _decoder(kind, card)}
+                    file.write(json.dumps(known).encode())
             except OSError as error:
                 raise DataError(cannot_write(self.folder, error)) from error
         return VectorStore(folder, width)
@@ -110,12 +112,12 @@ class FeatureCache:
     def _entry(self, kind: Kind, path: Path) -> CacheEntry:
         try:
             about = json.loads((path / "about.json").read_text(encoding="utf-8"))
-            model, identity = str(about["model"]), str(about["identity"])
+            model, identity, decoder = str(about["model"]), str(about["identity"]), str(about.get("decoder", ""))
         except (OSError, ValueError, KeyError, TypeError):
-            model, identity = "unknown", path.name
+            model, identity, decoder = "unknown", path.name, ""
         files = [file for file in path.glob("*.npy") if file.is_file()]
         rows = sum(_num_rows(file) for file in files)
-        return CacheEntry(model, identity, kind, rows, sum(file.stat().st_size for file in files), path)
+        return CacheEntry(model, identity, kind, decoder, rows, sum(file.stat().st_size for file in files), path)
 
 
 def text_key(text: str) -> bytes:
@@ -124,7 +126,11 @@ def text_key(text: str) -> bytes:
 
 
 def _folder_name(kind: Kind, card: ModelCard) -> str:
-    return digest(card.identity, card.decoder if kind == "images" else "").hex()
+    return digest(card.identity, _decoder(kind, card)).hex()
+
+
+def _decoder(kind: Kind, card: ModelCard) -> str:
+    return card.decoder if kind == "images" else ""
 
 
 def _is(entry: CacheEntry, model: str) -> bool:

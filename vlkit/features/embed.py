@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from vlkit.contracts import Progress
+from vlkit.contracts import Progress, continued
 from vlkit.data.records import Record, Source
 from vlkit.engine import map_parts
 from vlkit.errors import ConfigError, DataError, GalleryError
@@ -106,10 +106,10 @@ def embed_source(
     plan = _plan(source, stamps, model, out, precision, patches, views, part_size, update, split)
     jobs = _jobs(plan, source.records, stamps, model.name, batch_size, workers)
     mine = [job for job in jobs if job.number % world_size == rank]
-    missing = [job for job in mine if not is_whole(plan.target, job.number)]
+    missing = [job for job in mine if not is_whole(plan.target, job.number, job.num_parts)]
     results = _run(missing, plan, model, engine, workers, progress)
     if rank == 0:
-        while not all(is_whole(plan.target, job.number) for job in jobs):
+        while not all(is_whole(plan.target, job.number, job.num_parts) for job in jobs):
             time.sleep(_POLL)
         if plan.target != out:
             move_in(out, plan.target, FOLDERS, ABOUT)
@@ -144,18 +144,11 @@ def _run(
         return results
     old = None if plan.old is None or not jobs else open_old_parts(plan.old)
     for job in jobs:
-        results.append(do_job(job, model, old, _from(progress, done, total)))
+        results.append(do_job(job, model, old, continued(progress, done, total)))
         done += len(job.records)
         if progress:
             progress(done, total)
     return results
-
-
-def _from(progress: Progress | None, before: int, total: int) -> Progress | None:
-    if progress is None:
-        return None
-    report = progress
-    return lambda done, of: report(before + done, total)
 
 
 def _plan(
@@ -234,6 +227,7 @@ def _jobs(
         Job(
             target=plan.target,
             number=number,
+            num_parts=about.num_parts,
             records=tuple(map(_elsewhere, records[start : start + about.part_size], stamps[start:])),
             stamps=tuple(stamps[start : start + about.part_size]),
             fingerprint=about.fingerprint,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from vlkit.contracts import Progress
 from vlkit.data.records import Record
-from vlkit.errors import GalleryError, ModelError
-from vlkit.features.feature_set import Fingerprint
+from vlkit.errors import ModelError
+from vlkit.features.feature_set import Fingerprint, check_finite
 from vlkit.features.old_parts import OldParts, open_old_parts
 from vlkit.features.source import FeatureSource, open_source
 from vlkit.features.stamps import Stamp
@@ -33,6 +33,7 @@ class Job:
 
     target: Path
     number: int
+    num_parts: int
     records: tuple[Record, ...]
     stamps: tuple[Stamp, ...]
     fingerprint: Fingerprint
@@ -84,7 +85,7 @@ def do_job(job: Job, model: FeatureSource, old: OldParts | None, progress: Progr
     new = [position for position in range(len(job.records)) if position not in rows]
     failures: list[tuple[int, str]] = []
     for chunk in _encode(job, [job.records[position] for position in new], model) if new else ():
-        _check_finite(chunk.unit, [job.records[new[row]].key for row in chunk.rows], "images")
+        check_finite(chunk.unit, [job.records[new[row]].key for row in chunk.rows], "images")
         for place, row in enumerate(chunk.rows):
             patches = None if chunk.patches is None else chunk.patches[place].numpy()
             views = None if chunk.views is None else chunk.views[place].numpy()
@@ -93,7 +94,7 @@ def do_job(job: Job, model: FeatureSource, old: OldParts | None, progress: Progr
         if progress:
             progress(len(rows) + len(failures), len(job.records))
     named = tuple((job.records[position].key, reason) for position, reason in failures)
-    write_part(job.target, job.number, _assemble(job, rows, named, model, old))
+    write_part(job.target, job.number, job.num_parts, _assemble(job, rows, named, model, old))
     return JobResult(len(rows) - num_copied, num_copied, named)
 
 
@@ -154,7 +155,7 @@ def _texts(
     found: dict[str, NDArray[Any]] = {}
     if new:
         features = model.embedder.embed_texts(new, max(batch_size, 256))
-        _check_finite(features, new, "texts")
+        check_finite(features, new, "texts")
         found = dict(zip(new, features.numpy(), strict=True))
     if old is not None:
         found.update((text, old.text(text)) for text in distinct if text not in found)
@@ -219,15 +220,6 @@ def _encode_with_patches(
         with torch.inference_mode():
             unit, norms = F.normalize(raw, dim=-1), raw.norm(dim=-1)
         yield _Encoded(chunk.rows, unit, norms, patches, None, chunk.failures)
-
-
-def _check_finite(features: Tensor, names: Sequence[str], what: str) -> None:
-    broken = (~features.isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if broken:
-        raise GalleryError(
-            f"The model gives features that are not finite for {len(broken)} of {len(features)} {what} (first: "
-            f"{names[broken[0]]!r}). Its weights are damaged or its training diverged; use another checkpoint."
-        )
 
 
 def _must(value: NDArray[Any] | None) -> NDArray[Any]:

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -118,6 +118,25 @@ class FeatureSet:
         for name in ("ids", "norm", "patches", "views", "text_to_image", "labels"):
             if getattr(self, name) is not None:
                 yield name, getattr(self, name)
+
+
+def check_finite(features: Tensor, names: Sequence[str], what: str) -> None:
+    """Refuse features from which no ranking follows.
+
+    Args:
+        features: (n,D).
+        names: (n,) shown for the first broken row.
+        what: "images" or "texts".
+
+    Raises:
+        GalleryError: a feature is NaN or infinite.
+    """
+    broken = (~features.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if broken:
+        raise GalleryError(
+            f"The model gives features that are not finite for {len(broken)} of {len(features)} {what} "
+            f"(first: {names[broken[0]]!r}). Its weights are damaged or its training diverged; use another checkpoint."
+        )
 
 
 def library_versions() -> dict[str, str]:

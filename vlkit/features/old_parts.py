@@ -42,6 +42,7 @@ class OldParts:
     """The finished parts of a folder; the rest of it may be missing."""
 
     folder: Path
+    num_parts: int
     parts: tuple[int, ...]
     rows: dict[str, Row]
 
@@ -58,14 +59,15 @@ class OldParts:
 
     def matrix(self, name: str, part: int) -> NDArray[Any]:
         """One file of a part, memory-mapped."""
-        return np.load(part_file(self.folder, name, part), mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+        file = part_file(self.folder, name, part, self.num_parts)
+        return np.load(file, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
 
     @cached_property
     def texts(self) -> dict[str, tuple[int, int, int]]:
         """Caption -> part, 0 for the first of an image or 1 for another, row."""
         found: dict[str, tuple[int, int, int]] = {}
         for part in self.parts:
-            if not part_file(self.folder, "text_emb", part).is_file():
+            if not part_file(self.folder, "text_emb", part, self.num_parts).is_file():
                 continue
             others = 0
             for row, captions in enumerate(self._column(part, "captions")):
@@ -80,20 +82,22 @@ class OldParts:
         return self.matrix("more_text_emb" if other else "text_emb", part)[row]  # type: ignore[no-any-return]
 
     def _column(self, part: int, name: str) -> list[Any]:
-        return _column(self.folder, part, name)
+        return _column(part_file(self.folder, "metadata", part, self.num_parts), name)
 
 
 def open_old_parts(folder: Path) -> OldParts:
     """Read the metadata of all finished parts of a folder of features."""
-    parts = tuple(part for part in range(read_about(folder).num_parts) if is_whole(folder, part))
+    num_parts = read_about(folder).num_parts
+    parts = tuple(part for part in range(num_parts) if is_whole(folder, part, num_parts))
     rows: dict[str, Row] = {}
     for part in parts:
         names = ("key", "norm", "offset", "size", "column", "file_size", "changed")
-        columns = [_column(folder, part, name) for name in names]
+        file = part_file(folder, "metadata", part, num_parts)
+        columns = [_column(file, name) for name in names]
         for row, (key, norm, *content) in enumerate(zip(*columns, strict=True)):
             rows[key] = Row(part, row, norm, tuple(content))
-    return OldParts(folder, parts, rows)
+    return OldParts(folder, num_parts, parts, rows)
 
 
-def _column(folder: Path, part: int, name: str) -> list[Any]:
-    return pq.read_table(part_file(folder, "metadata", part), columns=[name]).column(0).to_pylist()  # type: ignore[no-any-return]
+def _column(file: Path, name: str) -> list[Any]:
+    return pq.read_table(file, columns=[name]).column(0).to_pylist()  # type: ignore[no-any-return]

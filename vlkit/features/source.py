@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlkit.contracts import Progress
+from vlkit.contracts import Progress, continued
 from vlkit.data.images import ImageLike
 from vlkit.features.cache import FeatureCache, text_key
 from vlkit.features.model_card import ModelCard, card_of, remembered_card
@@ -215,7 +215,7 @@ class CachedEmbedder(FeatureSource):
                 progress(done, len(distinct))
             for start in range(0, len(missing), _TEXTS_AT_ONCE):
                 chosen = missing[start : start + _TEXTS_AT_ONCE]
-                report = _shifted(progress, done + start, len(distinct))
+                report = continued(progress, done + start, len(distinct))
                 out[chosen] = self.embedder.embed_texts([distinct[row] for row in chosen], batch_size, report).numpy()
                 store.add([keys[row] for row in chosen], out[chosen])
         row_of = {text: row for row, text in enumerate(distinct)}
@@ -320,10 +320,3 @@ def _with_cached(
     found = torch.from_numpy(store.rows(places[cached]))
     features = torch.cat([chunk.embeddings, found[:, :-1]])[order]
     return EmbeddedChunk(rows[order].tolist(), features, chunk.failures, torch.cat([chunk.norms, found[:, -1]])[order])
-
-
-def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:
-    if progress is None:
-        return None
-    report = progress
-    return lambda done, of: report(before + done, total)

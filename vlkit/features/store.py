@@ -1,15 +1,16 @@
 """Features on disk, in clip-retrieval's layout with a fingerprint beside it.
 
     fingerprint.json                        model, precision, what was embedded
-    img_emb/img_emb_00000.npy               (n,D) float16 or float32, unit norm, one row an image
-    text_emb/text_emb_00000.npy             (n,D) its first caption; zeros where it has none
-    more_text_emb/more_text_emb_00000.npy   (m,D) its other captions, in order
-    patch_emb/patch_emb_00000.npy           (n,P,D) unit norm in the joint space
-    view_emb/view_emb_00000.npy             (n,V,D) unit norm, views for test-time augmentation
-    metadata/metadata_00000.parquet         row i: key, image_path, caption, captions, label, norm, ...
-    failures/failures_00000.jsonl           images that could not be read
+    img_emb/img_emb_0.npy               (n,D) float16 or float32, unit norm, one row an image
+    text_emb/text_emb_0.npy             (n,D) its first caption; zeros where it has none
+    more_text_emb/more_text_emb_0.npy   (m,D) its other captions, in order
+    patch_emb/patch_emb_0.npy           (n,P,D) unit norm in the joint space
+    view_emb/view_emb_0.npy             (n,V,D) unit norm, views for test-time augmentation
+    metadata/metadata_0.parquet         row i: key, image_path, caption, captions, label, norm, ...
+    failures/failures_0.jsonl           images that could not be read
 
 Row i of each file of a part is about the same image. The metadata are written last: a part that has them is whole.
+Parts are numbered as clip-retrieval numbers them: with as many digits as the number of parts has.
 """
 
 import json
@@ -169,10 +170,12 @@ class StoredFeatures:
 
     def patch_part(self, part: int) -> NDArray[Any]:
         """(n,P,D) of one part, memory-mapped."""
-        return np.load(part_file(self.folder, "patch_emb", part), mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+        file = part_file(self.folder, "patch_emb", part, self.about.num_parts)
+        return np.load(file, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
 
     def _joined(self, name: str) -> NDArray[Any]:
-        files = [part_file(self.folder, name, part) for part in range(self.about.num_parts)]
+        count = self.about.num_parts
+        files = [part_file(self.folder, name, part, count) for part in range(count)]
         mapped = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
         # One part stays memory-mapped; torch wants an array it may write to, and "c" keeps the file as it is.
         return np.load(files[0], mmap_mode="c", allow_pickle=False) if len(files) == 1 else np.concatenate(mapped)
@@ -188,7 +191,7 @@ def open_features(folder: str | Path) -> StoredFeatures:
     about = read_about(folder)
     if any(folder.glob(f"{STAGE}*/{COMPLETE}")):
         raise GalleryError(f"An update of {folder} was interrupted. Run the same `vlkit embed --update` again.")
-    done = sum(is_whole(folder, part) for part in range(about.num_parts))
+    done = sum(is_whole(folder, part, about.num_parts) for part in range(about.num_parts))
     if done < about.num_parts:
         raise GalleryError(
             f"{folder} is not finished: {done} of {about.num_parts} parts are there. Run the same `vlkit embed` "
@@ -231,8 +234,8 @@ def write_about(folder: Path, about: About) -> None:
         file.write((json.dumps(about.to_json(), indent=2) + "\n").encode())
 
 
-def write_part(folder: Path, number: int, part: Part) -> None:
-    """Write one part; it counts once its metadata are there, which come last."""
+def write_part(folder: Path, number: int, num_parts: int, part: Part) -> None:
+    """Write one of a number of parts; it counts once its metadata are there, which come last."""
     matrices = {
         "img_emb": part.image,
         "text_emb": part.text,
@@ -242,28 +245,28 @@ def write_part(folder: Path, number: int, part: Part) -> None:
     }
     for name, matrix in matrices.items():
         if matrix is not None:
-            with _new_file(folder, name, number) as file:
+            with _new_file(folder, name, number, num_parts) as file:
                 np.save(file, matrix)
     if part.failures:
         lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in part.failures]
-        with _new_file(folder, "failures", number) as file:
+        with _new_file(folder, "failures", number, num_parts) as file:
             file.write("".join(lines).encode())
-    with _new_file(folder, "metadata", number) as file:
+    with _new_file(folder, "metadata", number, num_parts) as file:
         pq.write_table(part.metadata, file)
 
 
-def is_whole(folder: Path, number: int) -> bool:
+def is_whole(folder: Path, number: int, num_parts: int) -> bool:
     """Whether a part was written to its end."""
-    return part_file(folder, "metadata", number).is_file()
+    return part_file(folder, "metadata", number, num_parts).is_file()
 
 
-def part_file(folder: Path, name: str, number: int) -> Path:
+def part_file(folder: Path, name: str, number: int, num_parts: int) -> Path:
     """Where one file of a part lies."""
     suffix = {"metadata": ".parquet", "failures": ".jsonl"}.get(name, ".npy")
-    return folder / name / f"{name}_{number:05d}{suffix}"
+    return folder / name / f"{name}_{number:0{len(str(num_parts))}d}{suffix}"
 
 
-def _new_file(folder: Path, name: str, number: int) -> Any:
-    path = part_file(folder, name, number)
+def _new_file(folder: Path, name: str, number: int, num_parts: int) -> Any:
+    path = part_file(folder, name, number, num_parts)
     path.parent.mkdir(parents=True, exist_ok=True)
     return atomic_file(path)

@@ -104,4 +104,3 @@ def _relevance(
         step = (gradient * weights.detach()).clamp(min=0).mean(dim=1)
         relevance = relevance + step @ relevance
     return relevance
-

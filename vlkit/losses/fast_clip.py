@@ -161,6 +161,7 @@ def fast_clip_step(
         log_u_text: (B,) those of their texts.
         gamma: weight of this batch in the normalisers.
         rho: of version 3; None for version 1, whose temperature has no gradient.
+        tile_size: at most so many logits exist at a time.
     """
     dtype = accumulation_dtype(share.image)
     scale = logit_scale.to(dtype) if rho is not None else logit_scale.detach().to(dtype)

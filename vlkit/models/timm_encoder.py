@@ -198,4 +198,3 @@ def _preprocess_of(model: nn.Module, name: str, image_size: int | None) -> Prepr
         )
     except (KeyError, ConfigError) as error:
         raise ModelError(f"The preprocessing of timm:{name} is not supported ({config}): {error}.") from error
-

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vlkit.addons.confidence import fitted_scale
 from vlkit.addons.inputs.pixel_prompt import PixelPrompt, direction
 from vlkit.addons.labelled_pixels import LabelledPixels
 from vlkit.addons.pipeline import Pipeline
@@ -48,6 +49,23 @@ def test_a_step_has_the_length_of_the_rate_whatever_the_loss(tower_case: Any) ->
     (gradient,) = torch.autograd.grad(F.cross_entropy(logits, tower_case.reference.few_shot.labels), delta)
     torch.testing.assert_close(once, -5.0 * frame() * gradient / gradient.norm(), atol=1e-4, rtol=1e-3)
     assert once.norm().item() <= 5.0
+
+
+def test_the_confidence_that_fits_leads_elsewhere(tower_case: Any) -> None:
+    found: Any = PixelPrompt(epochs=1, lr=5.0, frame=0.25, confidence="fitted").fit(
+        prepared(tower_case), tower_case.source
+    )
+    delta = torch.zeros(3, 32, 32, requires_grad=True)
+    small = F.interpolate(task_images(tower_case), (16, 16), mode="bicubic", antialias=True).clamp(0, 1)
+    weights, shots = prepared(tower_case).weights, tower_case.reference.few_shot
+    scale = fitted_scale(weights.scores(shots.vectors.pooled), shots.labels, tower_case.source.logit_scale)
+    assert scale < 0.9 * tower_case.source.logit_scale
+    features = tower_case.encoder.encode_image(F.pad(small, (8,) * 4) + frame() * delta)
+    loss = F.cross_entropy(scale * weights.scores(features), shots.labels)
+    (gradient,) = torch.autograd.grad(loss, delta)
+    torch.testing.assert_close(found.delta, -5.0 * frame() * gradient / gradient.norm(), atol=1e-4, rtol=1e-3)
+    plain: Any = PixelPrompt(epochs=1, lr=5.0, frame=0.25).fit(prepared(tower_case), tower_case.source)
+    assert F.cosine_similarity(plain.delta.flatten(), found.delta.flatten(), dim=0) < 0.9999
 
 
 def test_bad_input(tower_case: Any) -> None:

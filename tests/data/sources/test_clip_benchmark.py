@@ -2,7 +2,6 @@
 
 import io
 import json
-import tarfile
 
 import numpy as np
 import pytest
@@ -26,14 +25,15 @@ def put(root, name, data=b"x"):
     return root / name
 
 
-def put_tar(path, *samples):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, files in enumerate(samples):
-            for suffix, content in files.items():
-                member = tarfile.TarInfo(f"s{number:07d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+@pytest.fixture
+def put_tar(write_tar):
+    """`put_tar(path, {"jpg": b"..."}, ...)`: samples by suffix, named by their number."""
+
+    def put(path, *samples):
+        files = ((number, suffix, data) for number, sample in enumerate(samples) for suffix, data in sample.items())
+        write_tar(path, ((f"s{number:07d}.{suffix}", data) for number, suffix, data in files))
+
+    return put
 
 
 def array(values):
@@ -79,7 +79,7 @@ def test_two_data_sets_in_one_folder(tmp_path):
         read_source(tmp_path)
 
 
-def test_wds_classification(tmp_path):
+def test_wds_classification(tmp_path, put_tar):
     put(tmp_path, "classnames.txt", "cat\ndog\nbird\n")
     put(tmp_path, "zeroshot_classification_templates.txt", "a photo of a {c}.\na blurry {c}, a {c}.\n")
     put(tmp_path, "dataset_type.txt", "classification\n")
@@ -102,13 +102,13 @@ def test_wds_classification(tmp_path):
         read_source(tmp_path, split="train")
 
 
-def test_wds_retrieval(tmp_path):
+def test_wds_retrieval(tmp_path, put_tar):
     put(tmp_path, "dataset_type.txt", "retrieval")
     put_tar(tmp_path / "test" / "0.tar", {"jpg": b"image", "txt": b"one\ntwo\nthree"})
     assert read_source(tmp_path, split="test").records[0].captions == ("one", "two", "three")
 
 
-def test_wds_multi_label(tmp_path):
+def test_wds_multi_label(tmp_path, put_tar):
     put(tmp_path, "classnames.txt", "cat\ndog\nbird\n")
     put(tmp_path, "dataset_type.txt", "multilabel")
     values = ([1, 0, 1], [0, 0, 0], [0, 2, 0])
@@ -137,7 +137,7 @@ def test_wds_multi_label(tmp_path):
         ("zeroshot_classification_templates.txt", "a photo", r"the template 'a photo' has no \{c\}"),
     ],
 )
-def test_wds_side_files_of_other_content(tmp_path, name, text, expected):
+def test_wds_side_files_of_other_content(tmp_path, name, text, expected, put_tar):
     put_tar(tmp_path / "test" / "0.tar", {"jpg": b"image", "cls": b"0"})
     put(tmp_path, name, text)
     with pytest.raises(DataError, match=expected):

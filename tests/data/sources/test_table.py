@@ -64,6 +64,8 @@ def test_named_columns(folder):
     path = table(folder, "File,name,group\na.jpg,keycap,Symbols\n")
     source = read_source(path, image_column="file", caption_column="name")
     assert pairs(source) == {"a.jpg": ("keycap",)}
+    source = read_source(path, image_column="file", class_column="Group")
+    assert source.class_names == ("Symbols",) and [record.label for record in source.records] == [0]
     with pytest.raises(
         ConfigError, match=r"column 'nam' \(--caption-column\) not found, have: File, name, group\. Did"
     ):

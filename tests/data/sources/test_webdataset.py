@@ -1,8 +1,6 @@
 """Tar shards as a source."""
 
-import io
 import json
-import tarfile
 
 import pytest
 from PIL import Image
@@ -12,22 +10,12 @@ from vlkit.data.sources import read_source
 from vlkit.errors import DataError
 
 
-def write_tar(path, files):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, content in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
 def sample(key, captions=b"a dog\nein Hund\n", **more):
     fields = {"jpg": b"image " + key.encode(), "txt": captions, **more}
     return [(f"{key}.{suffix}", content) for suffix, content in fields.items() if content is not None]
 
 
-def test_records_point_into_the_tars(tmp_path):
+def test_records_point_into_the_tars(tmp_path, write_tar):
     write_tar(tmp_path / "00000.tar", sample("000") + sample("001", b"one"))
     write_tar(tmp_path / "00001.tar", sample("000", None, json=b'{"caption": "from json"}'))
     source = read_source(tmp_path)
@@ -43,14 +31,14 @@ def test_records_point_into_the_tars(tmp_path):
 
 
 @pytest.mark.parametrize("spec", ["{00000..00001}.tar", "*.tar", "00001.tar"])
-def test_specifications(tmp_path, spec):
+def test_specifications(tmp_path, spec, write_tar):
     for name in ("00000", "00001"):
         write_tar(tmp_path / f"{name}.tar", sample("k"))
     keys = [record.key for record in read_source(tmp_path / spec)]
     assert keys == (["00001/k"] if spec == "00001.tar" else ["00000/k", "00001/k"])
 
 
-def test_labels_and_class_names(tmp_path):
+def test_labels_and_class_names(tmp_path, write_tar):
     files = sample("a", cls=b"2") + sample("b", cls=b"0\n")
     source = read_source(write_tar(tmp_path / "plain" / "0.tar", files))
     assert ([record.label for record in source], source.class_names) == ([2, 0], ("0", "1", "2"))
@@ -62,7 +50,7 @@ def test_labels_and_class_names(tmp_path):
         read_source(named)
 
 
-def test_split_folders(tmp_path):
+def test_split_folders(tmp_path, write_tar):
     write_tar(tmp_path / "train" / "0.tar", sample("a"))
     write_tar(tmp_path / "test" / "0.tar", sample("a"))
     assert {record.key: record.split for record in read_source(tmp_path)} == {"test/0/a": "test", "train/0/a": "train"}
@@ -71,7 +59,7 @@ def test_split_folders(tmp_path):
         read_source(tmp_path, split="val")
 
 
-def test_what_is_wrong_is_counted_with_shard_and_key(tmp_path):
+def test_what_is_wrong_is_counted_with_shard_and_key(tmp_path, write_tar):
     files = sample("a") + sample("b", cls=b"many") + [("c.txt", b"no image")] + sample("d", None)
     source = read_source(write_tar(tmp_path / "00007.tar", files))
     assert [record.key for record in source] == ["00007/a", "00007/d"]
@@ -81,7 +69,7 @@ def test_what_is_wrong_is_counted_with_shard_and_key(tmp_path):
     assert "00007.tar: d" in lines  # a sample without caption
 
 
-def test_truncated_shard_keeps_what_comes_before_the_cut(tmp_path):
+def test_truncated_shard_keeps_what_comes_before_the_cut(tmp_path, write_tar):
     path = write_tar(tmp_path / "00000.tar", sample("a") + sample("b") + sample("c"))
     with open(path, "r+b") as file:
         file.truncate(512 * 9)
@@ -95,7 +83,7 @@ def test_missing_shard(tmp_path):
         read_source(tmp_path / "{00000..00003}.tar")
 
 
-def test_split_named_in_the_samples(tmp_path):
+def test_split_named_in_the_samples(tmp_path, write_tar):
     def own(key, split):
         return sample(key, json=json.dumps({"key": key, "split": split}).encode())
 
@@ -118,7 +106,7 @@ def test_split_of_shards_built_from_a_source_that_names_some(tmp_path):
     assert [record.captions for record in read_source(tmp_path / "out", split="test")] == [("y",)]
 
 
-def test_shards_of_img2dataset(tmp_path):
+def test_shards_of_img2dataset(tmp_path, write_tar):
     for shard in ("00000", "00001"):
         files = [sample(f"{shard}{row:04d}", b"a dog", json=b'{"status": "success"}') for row in (0, 2)]
         write_tar(tmp_path / f"{shard}.tar", files[0] + files[1])

@@ -12,36 +12,21 @@ Differs: a class's synonyms count as further prompts, where `templates` takes th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING
 
-from vlkit.addons.base import ClassWeighting, Need
 from vlkit.addons.class_names import ClassName
 from vlkit.addons.class_texts import mean_of_similarities
+from vlkit.addons.class_weights.templates import TemplateWeighting
 from vlkit.addons.exchange import ClassWeights
-from vlkit.contracts import Progress
 from vlkit.models.prompt_templates import load_templates
 
 if TYPE_CHECKING:
-    from vlkit.addons.reference import Reference
     from vlkit.features.source import FeatureSource
 
 
 @dataclass(frozen=True)
-class MeanOfSimilarities(ClassWeighting):
-    """The mean of the prompts' similarities.
-
-    Attributes:
-        templates: a set's name, a file, or one template with `{}`.
-    """
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"class_names"})
-
-    templates: str = "imagenet80"
-
-    def learn(self, reference: "Reference", embedder: "FeatureSource", progress: Progress | None = None) -> Self:
-        """Nothing."""
-        load_templates(self.templates)  # a mistyped set is refused before the work
-        return self
+class MeanOfSimilarities(TemplateWeighting):
+    """The mean of the prompts' similarities."""
 
     def weights(self, class_names: Sequence[ClassName], embedder: "FeatureSource") -> ClassWeights:
         """A vector for each prompt."""

@@ -31,6 +31,7 @@ __all__ = [
     "ADDON",
     "DEFAULT_TEMPLATES",
     "TEMPLATE_SETS",
+    "TemplateWeighting",
     "Templates",
     "TextEmbedder",
     "check_templates",
@@ -79,8 +80,8 @@ def template_weights(
 
 
 @dataclass(frozen=True)
-class Templates(ClassWeighting):
-    """The plain zero-shot weights, as an add-on: other templates than the evaluator's.
+class TemplateWeighting(ClassWeighting):
+    """Whatever makes class weights of names in templates, and learns nothing.
 
     Attributes:
         templates: a set's name, a file, or one template with `{}`.
@@ -94,6 +95,11 @@ class Templates(ClassWeighting):
         """Nothing."""
         load_templates(self.templates)  # a mistyped set is refused before the work
         return self
+
+
+@dataclass(frozen=True)
+class Templates(TemplateWeighting):
+    """The plain zero-shot weights, as an add-on: other templates than the evaluator's."""
 
     def weights(self, class_names: Sequence[ClassName], embedder: "FeatureSource") -> ClassWeights:
         """Of the classes' prompts."""

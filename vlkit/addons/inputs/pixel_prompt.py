@@ -10,7 +10,8 @@ authors' code: starts at 0, lr 70 with half a cosine, no momentum, no weight dec
 not kept within [0,1].
 Differs: the last epoch is kept, not the best one of the test set. The frame is 30 of 224 pixels of whatever size the
 model takes; the image is resized from the model's own square. Images are mirrored in training, cropped where `crop` is
-below 1. The class weights are the zero-shot ones of the chosen templates, made once.
+below 1. The class weights are the zero-shot ones of the chosen templates, made once. `confidence` is not theirs, the
+default is.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlkit.addons.base import InputEdit, Need, Task, learned
+from vlkit.addons.confidence import Confidence, training_scale
 from vlkit.addons.prompt_fit import Plan, fit_prompts, parameter
 from vlkit.addons.prompted_text import Precision
 from vlkit.addons.tower_learning import TowerTask, task_of
@@ -45,6 +47,9 @@ class PixelPrompt(InputEdit):
         lr: length of a step over all pixels together; half a cosine to zero.
         batch_size: images a step.
         crop: smallest share of an image that a training crop shows; 1: no crops, mirroring only.
+        confidence: multiplier of the cosine in the loss: "model" for its own, "fitted" for the one at which its
+            zero-shot answers to the images are as sure as they are right. A step's length does not depend on it, but
+            a model that is surer than it is right is led by the images it is most wrong about.
         max_seconds: training comes to its end in this time.
         precision: of the tower while training.
     """
@@ -59,6 +64,7 @@ class PixelPrompt(InputEdit):
     lr: float = 70.0
     batch_size: int = 256
     crop: float = 1.0
+    confidence: Confidence = "model"
     max_seconds: float | None = None
     precision: Precision = "fp32"
     delta: Tensor | None = learned()  # (3,S,S), 0 inside the frame
@@ -80,7 +86,11 @@ class PixelPrompt(InputEdit):
             ConfigError: other edits before it, or training that diverged.
         """
         with torch.inference_mode(False):
-            task = task_of(self, reference, embedder, self.crop, self.precision)
+            task, shots = task_of(self, reference, embedder, self.crop, self.precision), reference.few_shot
+            assert shots is not None and shots.labels is not None
+            images = shots.vectors.pooled
+            scale = training_scale(self, self.confidence, reference.weights, images, shots.labels)
+            task = replace(task, scale=scale)
             size = task.encoder.image_size
             delta = parameter(torch.zeros(3, size, size, device=task.encoder.device))
             mask = self._mask(size).to(delta)

@@ -14,15 +14,14 @@ vectors are those of the pipeline, the authors' are CuPL's.
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Self
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlkit.addons.base import Need, Term, Vectors, learned
-from vlkit.addons.cache_model import answer, best_setting, few_shot_cache, grid
+from vlkit.addons.base import Vectors, learned
+from vlkit.addons.cache_model import FewShotTerm, answer, best_setting, few_shot_cache, grid, settled
 from vlkit.addons.channels import best_channels, channel_scores, single_vectors
-from vlkit.addons.views import TEN_CROPS, ViewRecipe
 from vlkit.contracts import Progress
 from vlkit.errors import ConfigError
 
@@ -37,7 +36,7 @@ _GAMMAS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
 
 
 @dataclass(frozen=True)
-class Ape(Term):
+class Ape(FewShotTerm):
     """A cache on refined channels.
 
     Attributes:
@@ -47,10 +46,6 @@ class Ape(Term):
         share: of the channels that are kept; 1 keeps all.
         balance: w.
     """
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"few_shot_labels", "class_names", "views"})
-    uses: ClassVar[frozenset[Need]] = frozenset({"val_labels"})
-    fit_views: ClassVar[ViewRecipe | None] = TEN_CROPS
 
     alpha: float | None = None
     beta: float | None = None
@@ -95,9 +90,7 @@ class Ape(Term):
     def _chosen(self, reference: "Reference") -> Self:
         given = (self.alpha, self.beta, self.gamma)
         if reference.val is None or None not in given:
-            alpha, beta, gamma = (
-                value if value is not None else usual for value, usual in zip(given, _START, strict=True)
-            )
+            alpha, beta, gamma = settled(given, _START)
             return replace(self, alpha=alpha, beta=beta, gamma=gamma)
         assert reference.logits is not None
         images = reference.val.vectors

@@ -11,18 +11,17 @@ augmentations. R acts through x R^T on the logits, so a class with several names
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlkit.addons.base import Need, Term, Vectors, learned
-from vlkit.addons.cache_model import Cache, Constants, answer, chosen_constants, few_shot_cache, view
+from vlkit.addons.base import Vectors, learned
+from vlkit.addons.cache_model import Cache, CacheTerm, Constants, answer, few_shot_cache, view
 from vlkit.addons.channels import best_channels, channel_scores
 from vlkit.addons.feature_training import Schedule, parameter, train
 from vlkit.addons.terms.ape import texts_of
-from vlkit.addons.views import TEN_CROPS, ViewRecipe
 from vlkit.contracts import Progress
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class _Epoch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ApeT(Term):
+class ApeT(CacheTerm):
     """A trained cache on refined channels.
 
     Attributes:
@@ -54,19 +53,11 @@ class ApeT(Term):
         lr: of AdamW.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"few_shot_labels", "class_names", "views"})
-    uses: ClassVar[frozenset[Need]] = frozenset({"val_labels"})
-    fit_views: ClassVar[ViewRecipe | None] = TEN_CROPS
-
-    alpha: float | None = None
-    beta: float | None = None
     share: float = 900 / 1024
     balance: float = 0.2
     epochs: int = 30
     lr: float = 1e-3
     residual: Tensor | None = learned()  # (C,D) zero outside the chosen channels
-    keys: Tensor | None = learned()  # (n,D) with the residual of their class
-    values: Tensor | None = learned()  # (n,C) weights at the labels
 
     def learn(self, reference: "Reference", embedder: "FeatureSource", progress: Progress | None = None) -> Self:
         """Train residual and weights; choose alpha and beta.
@@ -82,27 +73,13 @@ class ApeT(Term):
         allowed = torch.zeros(texts.shape[1]).index_fill(0, channels, 1.0)
         # What cannot change is multiplied by zero, so that one tensor holds for both keys and texts.
         _, residual, weights = self._trained(cache, allowed, reference, progress)
-        filled = replace(
-            self, residual=residual, keys=cache.keys + residual[shots.labels], values=cache.values * weights[:, None]
-        )
-        alpha, beta = chosen_constants(
-            reference,
-            (self.alpha, self.beta),
-            lambda images: _plain(reference, images) + filled._moved(images),
-            filled._answer,
-            self.from_paper(1.0),
-            start=_START,
-        )
-        return replace(filled, alpha=alpha, beta=beta)
+        keys, values = cache.keys + residual[shots.labels], cache.values * weights[:, None]
+        filled = replace(self, residual=residual, keys=keys, values=values)
+        return filled.chosen(reference, lambda images: _plain(reference, images) + filled._moved(images), _START)
 
     def term(self, queries: Vectors, logits: Tensor) -> Tensor:
         """(Q,C)."""
-        assert self.alpha is not None and self.beta is not None
-        return self._moved(queries) + self.from_paper(self.alpha) * self._answer(queries, self.beta)
-
-    def _answer(self, queries: Vectors, beta: float) -> Tensor:
-        assert self.keys is not None and self.values is not None
-        return answer(queries.pooled @ self.keys.T, self.values, beta)
+        return self._moved(queries) + self.weighted(queries)
 
     def _moved(self, queries: Vectors) -> Tensor:
         """(Q,C) what the residual adds to the logits of the class vectors."""

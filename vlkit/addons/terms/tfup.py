@@ -15,12 +15,11 @@ which that undoes. Class vectors are those of the pipeline, the authors' are mea
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from vlkit.addons.base import Need, Term, Vectors, learned
 from vlkit.addons.cache_model import answer
-from vlkit.addons.unlabelled_cache import SIGNATURE_SCALE, representatives, shots_of, two_level_similarity
+from vlkit.addons.unlabelled_cache import cache_of, signature, two_level_similarity
 from vlkit.contracts import Progress
 
 if TYPE_CHECKING:
@@ -55,25 +54,15 @@ class Tfup(Term):
         """
         assert reference.stream is not None and reference.logits is not None
         images = reference.stream.vectors
-        signatures = self._signature(reference.logits(images))
-        num_classes = signatures.shape[1]
-        shots = shots_of(len(images), num_classes) if self.shots is None else self.shots
-        rows, classes = representatives(signatures, shots)
-        return replace(
-            self,
-            keys=F.normalize(images.pooled[rows], dim=-1),
-            values=F.one_hot(classes, num_classes).float(),
-            signatures=signatures[rows],
-        )
+        signatures = signature(reference.logits(images), self.logit_scale)
+        cache = cache_of(images.pooled, signatures, self.shots)
+        return replace(self, keys=cache.keys, values=cache.values, signatures=signatures[cache.rows])
 
     def term(self, queries: Vectors, logits: Tensor) -> Tensor:
         """(Q,C)."""
         assert self.keys is not None and self.values is not None and self.signatures is not None
-        alike = two_level_similarity(queries.pooled, self.keys, self._signature(logits), self.signatures)
+        alike = two_level_similarity(queries.pooled, self.keys, signature(logits, self.logit_scale), self.signatures)
         return self.from_paper(self.alpha) * answer(alike, self.values, self.beta)
-
-    def _signature(self, logits: Tensor) -> Tensor:
-        return (logits * (SIGNATURE_SCALE / self.logit_scale)).log_softmax(dim=-1)
 
 
 ADDON = Tfup

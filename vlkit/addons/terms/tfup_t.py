@@ -15,7 +15,7 @@ by its cache. The authors' code reports the accuracy both with the cache and wit
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor
 from vlkit.addons.base import ClassWeights, Need, Reduce, Term, Vectors, learned
 from vlkit.addons.cache_model import answer
 from vlkit.addons.feature_training import Schedule, bottleneck, fresh_bottleneck, parameter, train
-from vlkit.addons.unlabelled_cache import SIGNATURE_SCALE, representatives, shots_of, two_level_similarity
+from vlkit.addons.unlabelled_cache import cache_of, representatives, signature, two_level_similarity
 from vlkit.contracts import Progress
 from vlkit.errors import ConfigError
 
@@ -35,13 +35,6 @@ if TYPE_CHECKING:
 IMAGE_RATIO, TEXT_RATIO = 0.2, 0.5
 CONFIDENT, MARGINAL_WEIGHT = 0.9, 0.3
 WARMUP_EPOCHS, WARMUP_SHARE = 5, 0.75
-
-
-class _Cache(NamedTuple):
-    """Unlabelled images kept under a class."""
-
-    keys: Tensor  # (k,D) unit norm
-    values: Tensor  # (k,C) one-hot
 
 
 @dataclass(frozen=True)
@@ -83,12 +76,10 @@ class TfupT(Term):
         weights = text_weights(reference, "tfup_t")
         assert reference.stream is not None and reference.logits is not None
         images = reference.stream.vectors
-        signatures = self._signature(reference.logits(images))
-        num_classes = signatures.shape[1]
-        shots = shots_of(len(images), num_classes) if self.shots is None else self.shots
-        rows, classes = representatives(signatures, shots)
-        cache = _Cache(F.normalize(images.pooled[rows], dim=-1), F.one_hot(classes, num_classes).float())
-        base = replace(self, **cache._asdict(), plain=weights.vectors, class_of=weights.class_of, reduce=weights.reduce)
+        signatures = signature(reference.logits(images), self.logit_scale)
+        cache = cache_of(images.pooled, signatures, self.shots)
+        kept = replace(self, keys=cache.keys, values=cache.values)
+        base = replace(kept, plain=weights.vectors, class_of=weights.class_of, reduce=weights.reduce)
         return base._trained(images.pooled, signatures, reference.seed, progress)
 
     def term(self, queries: Vectors, logits: Tensor) -> Tensor:
@@ -102,16 +93,14 @@ class TfupT(Term):
     def _cached(self, images: Tensor, scores: Tensor, texts: Tensor) -> Tensor:
         """(Q,C) the cache's answer to adapted images, by adapted class vectors."""
         assert self.keys is not None and self.values is not None
-        of_keys = self._signature(self.logit_scale * self._scores(self.keys, texts))
-        alike = two_level_similarity(images, self.keys, self._signature(self.logit_scale * scores), of_keys)
+        of_keys = signature(self.logit_scale * self._scores(self.keys, texts), self.logit_scale)
+        of_images = signature(self.logit_scale * scores, self.logit_scale)
+        alike = two_level_similarity(images, self.keys, of_images, of_keys)
         return self.from_paper(self.alpha) * answer(alike, self.values, self.beta)
 
     def _scores(self, images: Tensor, texts: Tensor) -> Tensor:
         assert self.class_of is not None and self.reduce is not None
         return ClassWeights(texts, self.class_of, self.reduce).scores(images)
-
-    def _signature(self, logits: Tensor) -> Tensor:
-        return (logits * (SIGNATURE_SCALE / self.logit_scale)).log_softmax(dim=-1)
 
     def _trained(self, images: Tensor, signatures: Tensor, seed: int, progress: Progress | None) -> Self:
         assert self.plain is not None

@@ -10,13 +10,12 @@ constant of the paper is taken relative to the model's own logit scale.
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Self
 
 from torch import Tensor
 
-from vlkit.addons.base import Need, Term, Vectors, learned
-from vlkit.addons.cache_model import answer, chosen_constants, few_shot_cache
-from vlkit.addons.views import TEN_CROPS, ViewRecipe
+from vlkit.addons.base import Vectors
+from vlkit.addons.cache_model import CacheTerm, few_shot_cache
 from vlkit.contracts import Progress
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TipAdapter(Term):
+class TipAdapter(CacheTerm):
     """A cache of few-shot features.
 
     Attributes:
@@ -33,33 +32,15 @@ class TipAdapter(Term):
         beta: sharpness; None: chosen likewise, else 1.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"few_shot_labels", "class_names", "views"})
-    uses: ClassVar[frozenset[Need]] = frozenset({"val_labels"})
-    fit_views: ClassVar[ViewRecipe | None] = TEN_CROPS
-
-    alpha: float | None = None
-    beta: float | None = None
-    keys: Tensor | None = learned()  # (n,D) unit norm
-    values: Tensor | None = learned()  # (n,C) one-hot
-
     def learn(self, reference: "Reference", embedder: "FeatureSource", progress: Progress | None = None) -> Self:
         """Fill the cache; choose alpha and beta."""
         assert reference.few_shot is not None and reference.logits is not None
         cache = few_shot_cache(reference.few_shot, len(reference.class_names))
-        filled = replace(self, keys=cache.keys, values=cache.values)
-        alpha, beta = chosen_constants(
-            reference, (self.alpha, self.beta), reference.logits, filled._answer, self.from_paper(1.0)
-        )
-        return replace(filled, alpha=alpha, beta=beta)
+        return replace(self, keys=cache.keys, values=cache.values).chosen(reference, reference.logits)
 
     def term(self, queries: Vectors, logits: Tensor) -> Tensor:
         """(Q,C)."""
-        assert self.alpha is not None and self.beta is not None
-        return self.from_paper(self.alpha) * self._answer(queries, self.beta)
-
-    def _answer(self, queries: Vectors, beta: float) -> Tensor:
-        assert self.keys is not None and self.values is not None
-        return answer(queries.pooled @ self.keys.T, self.values, beta)
+        return self.weighted(queries)
 
 
 ADDON = TipAdapter

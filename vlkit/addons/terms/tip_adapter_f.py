@@ -11,16 +11,15 @@ epoch; here the ten views the keys are made of take turns, so that images are en
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlkit.addons.base import Need, Term, Vectors, learned
-from vlkit.addons.cache_model import START, answer, chosen_constants, few_shot_cache, view
+from vlkit.addons.base import Vectors
+from vlkit.addons.cache_model import START, CacheTerm, answer, few_shot_cache, view
 from vlkit.addons.feature_training import Schedule, parameter, train
-from vlkit.addons.views import TEN_CROPS, ViewRecipe
 from vlkit.contracts import Progress
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TipAdapterF(Term):
+class TipAdapterF(CacheTerm):
     """A cache with trained keys.
 
     Attributes:
@@ -40,36 +39,19 @@ class TipAdapterF(Term):
         lr: of AdamW.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"few_shot_labels", "class_names", "views"})
-    uses: ClassVar[frozenset[Need]] = frozenset({"val_labels"})
-    fit_views: ClassVar[ViewRecipe | None] = TEN_CROPS
-
-    alpha: float | None = None
-    beta: float | None = None
     epochs: int = 20
     lr: float = 1e-3
-    keys: Tensor | None = learned()  # (n,D) of any norm
-    values: Tensor | None = learned()  # (n,C) one-hot
 
     def learn(self, reference: "Reference", embedder: "FeatureSource", progress: Progress | None = None) -> Self:
         """Train the keys; choose alpha and beta."""
         assert reference.few_shot is not None and reference.logits is not None
         cache = few_shot_cache(reference.few_shot, len(reference.class_names))
         keys = self._trained(cache.keys, cache.values, reference, progress)
-        filled = replace(self, keys=keys, values=cache.values)
-        alpha, beta = chosen_constants(
-            reference, (self.alpha, self.beta), reference.logits, filled._answer, self.from_paper(1.0)
-        )
-        return replace(filled, alpha=alpha, beta=beta)
+        return replace(self, keys=keys, values=cache.values).chosen(reference, reference.logits)
 
     def term(self, queries: Vectors, logits: Tensor) -> Tensor:
         """(Q,C)."""
-        assert self.alpha is not None and self.beta is not None
-        return self.from_paper(self.alpha) * self._answer(queries, self.beta)
-
-    def _answer(self, queries: Vectors, beta: float) -> Tensor:
-        assert self.keys is not None and self.values is not None
-        return answer(queries.pooled @ self.keys.T, self.values, beta)
+        return self.weighted(queries)
 
     def _trained(self, start: Tensor, values: Tensor, reference: "Reference", progress: Progress | None) -> Tensor:
         shots, logits = reference.few_shot, reference.logits

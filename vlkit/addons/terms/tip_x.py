@@ -15,14 +15,13 @@ instead of 20 x 200 x 50; without them alpha 1.17, beta 1 (Tip-Adapter's) and ga
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
-from vlkit.addons.base import Need, Term, Vectors, learned
-from vlkit.addons.cache_model import START, answer, best_setting, divergence, few_shot_cache, grid
-from vlkit.addons.views import TEN_CROPS, ViewRecipe
+from vlkit.addons.base import Vectors, learned
+from vlkit.addons.cache_model import START, FewShotTerm, answer, best_setting, divergence, few_shot_cache, grid, settled
 from vlkit.contracts import Progress
 from vlkit.errors import DataError
 
@@ -37,7 +36,7 @@ _GAMMAS = (0.0, 0.5, 1.0, 3.0, 8.0, 20.0)
 
 
 @dataclass(frozen=True)
-class TipX(Term):
+class TipX(FewShotTerm):
     """A cache asked in two ways.
 
     Attributes:
@@ -46,10 +45,6 @@ class TipX(Term):
         gamma: weight of the signatures; None: chosen likewise, else 1; 0 is Tip-Adapter.
         temperature: of the signatures, which are softmaxes of cosines.
     """
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"few_shot_labels", "class_names", "views"})
-    uses: ClassVar[frozenset[Need]] = frozenset({"val_labels"})
-    fit_views: ClassVar[ViewRecipe | None] = TEN_CROPS
 
     alpha: float | None = None
     beta: float | None = None
@@ -110,10 +105,7 @@ class TipX(Term):
     def _chosen(self, reference: "Reference") -> Self:
         given = (self.alpha, self.beta, self.gamma)
         if reference.val is None or None not in given:
-            start = (*START, GAMMA)
-            alpha, beta, gamma = (
-                value if value is not None else usual for value, usual in zip(given, start, strict=True)
-            )
+            alpha, beta, gamma = settled(given, (*START, GAMMA))
             return replace(self, alpha=alpha, beta=beta, gamma=gamma)
         assert reference.logits is not None
         images = reference.val.vectors

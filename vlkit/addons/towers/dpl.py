@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from vlkit.addons.base import learned
-from vlkit.addons.tower_learning import Learned, TowerTask, WordedLearner
-from vlkit.addons.tower_prompts import image_prompts, text_prompts
-from vlkit.addons.towers.ivlp import image_start, text_start
+from vlkit.addons.tower_learning import Learned, TowerTask
+from vlkit.addons.towers.ivlp import IndependentPrompts
 from vlkit.errors import ConfigError
 from vlkit.models.attention import attention_logits, attention_parts, feed_forward, mix_values
 from vlkit.models.dual_encoder import DualEncoder
@@ -38,31 +37,20 @@ Weighting = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Dpl(WordedLearner):
+class Dpl(IndependentPrompts):
     """Prompts in both towers with attention taken apart.
 
     Attributes:
-        text_tokens: vectors in front of a layer of the text tower; they start as the first tokens of `words`.
-        image_tokens: the same in the vision tower.
-        depth: layers that have them, from the first; more than a tower has: all of it.
         mode: "separate" or "scaled".
         to_self, to_prompt, from_instance, among_prompts: factors of X <- X, X <- P, P <- X, P <- P where `scaled`;
             all 1 is ordinary attention, as in `ivlp`.
     """
 
-    epochs: int = 20
-    lr: float = 0.0025
-    batch_size: int = 4
-    text_tokens: int = 2
-    image_tokens: int = 2
-    depth: int = 9
     mode: Literal["separate", "scaled"] = "separate"
     to_self: float = 1.0
     to_prompt: float = 1.0
     from_instance: float = 1.0
     among_prompts: float = 1.0
-    text: Tensor | None = learned()  # (J,n,W)
-    image: Tensor | None = learned()  # (J,n,W)
     text_gates: Tensor | None = learned()  # (J,) before tanh
     image_gates: Tensor | None = learned()  # (J,)
 
@@ -80,24 +68,17 @@ class Dpl(WordedLearner):
 
     def start(self, task: TowerTask) -> Learned:
         """As IVLP, gates closed."""
-        random = torch.Generator().manual_seed(task.reference.seed)
-        text = text_start(task.encoder, self.words, self.text_tokens, self.depth, self.name, random)
-        image = image_start(task.encoder, self.image_tokens, self.depth, self.name, random)
+        prompts = super().start(task)
         if self.mode == "scaled":
-            return {"text": text, "image": image}
-        return {
-            "text": text,
-            "image": image,
-            "text_gates": torch.zeros(len(text)),
-            "image_gates": torch.zeros(len(image)),
-        }
+            return prompts
+        return {**prompts, **{f"{side}_gates": torch.zeros(len(of_side)) for side, of_side in prompts.items()}}
 
     @contextmanager
     def acting(self, encoder: DualEncoder, found: Learned) -> Iterator[None]:
         """Prompts in both towers, attention apart in the layers that have them."""
         text, image = found["text"], found["image"]
         count = image.shape[1]
-        with text_prompts(encoder, text, self.words), image_prompts(encoder, image), ExitStack() as stack:
+        with super().acting(encoder, found), ExitStack() as stack:
             for layer, block in enumerate(encoder.text_tower.blocks[: len(text)]):
                 way = self._weighting(found.get("text_gates"), layer)
                 stack.enter_context(apart(block, lambda length: slice(1, 1 + text.shape[1]), way))

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from vlkit.addons.base import learned
-from vlkit.addons.tower_learning import RANDOM_STD, Learned, TowerTask, WordedLearner
+from vlkit.addons.prompt_fit import RANDOM_STD
+from vlkit.addons.tower_learning import Learned, TowerTask, WordedLearner
 from vlkit.addons.tower_prompts import first_words, image_prompts, layers, text_prompts, width
 from vlkit.models.dual_encoder import DualEncoder
 
 
 @dataclass(frozen=True)
-class Ivlp(WordedLearner):
-    """Independent prompts in both towers.
+class IndependentPrompts(WordedLearner):
+    """Whatever learns prompts in both towers, each tower its own: IVLP, and the methods that add to it.
 
     Attributes:
         text_tokens: vectors in front of a layer of the text tower; they start as the first tokens of `words`.
@@ -53,6 +54,11 @@ class Ivlp(WordedLearner):
         """Prompts in both towers."""
         with text_prompts(encoder, found["text"], self.words), image_prompts(encoder, found["image"]):
             yield
+
+
+@dataclass(frozen=True)
+class Ivlp(IndependentPrompts):
+    """Independent prompts, and nothing else."""
 
 
 def text_start(encoder: DualEncoder, words: str, count: int, depth: int, who: str, random: torch.Generator) -> Tensor:

@@ -16,8 +16,6 @@ epochs. Where `max_seconds` ends the training, the weights of the epochs that we
 done, the last values stay. Prompts of the image come in behind the norm of the embedded patches.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,14 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlkit.addons.base import learned
 from vlkit.addons.class_weights.templates import load_templates, template_weights
 from vlkit.addons.exchange import ClassWeights
-from vlkit.addons.tower_learning import EpochMean, Learned, Loss, TowerTask, WordedLearner
-from vlkit.addons.tower_prompts import image_prompts, stock_image_features, text_prompts
-from vlkit.addons.towers.ivlp import image_start, text_start
+from vlkit.addons.tower_learning import EpochMean, Learned, Loss, TowerTask
+from vlkit.addons.tower_prompts import stock_image_features
+from vlkit.addons.towers.ivlp import IndependentPrompts
 from vlkit.errors import ConfigError
-from vlkit.models.dual_encoder import DualEncoder
 
 if TYPE_CHECKING:
     from vlkit.addons.reference import Reference
@@ -40,13 +36,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PromptSrc(WordedLearner):
+class PromptSrc(IndependentPrompts):
     """Self-regulated prompts.
 
     Attributes:
-        text_tokens: vectors in front of a layer of the text tower; they start as the first tokens of `words`.
-        image_tokens: the same in the vision tower.
-        depth: layers that have them, from the first; more than a tower has: all of it.
         keep_text, keep_image, keep_logits: weights of the three regularisers, beside cross-entropy of 100 x cosine;
             with 0 for all it is IVLP, averaged.
         templates: a set, a file or a template that the frozen text features are made with.
@@ -54,40 +47,20 @@ class PromptSrc(WordedLearner):
         spread: standard deviation of the Gaussian, in epochs.
     """
 
-    epochs: int = 20
-    lr: float = 0.0025
-    batch_size: int = 4
     text_tokens: int = 4
     image_tokens: int = 4
-    depth: int = 9
     keep_text: float = 25.0
     keep_image: float = 10.0
     keep_logits: float = 1.0
     templates: str = "imagenet80"
     centre: float | None = None
     spread: float = 1.0
-    text: Tensor | None = learned()  # (J,n,W)
-    image: Tensor | None = learned()  # (J,n,W)
 
     def task(self, reference: "Reference", embedder: "FeatureSource") -> TowerTask:
         """With the frozen text features: they are made before there are prompts."""
         names = [item.names for item in reference.class_names]
         known = template_weights(embedder, names, load_templates(self.templates)).vectors
         return replace(super().task(reference, embedder), known=known)
-
-    def start(self, task: TowerTask) -> Learned:
-        """As IVLP."""
-        random = torch.Generator().manual_seed(task.reference.seed)
-        return {
-            "text": text_start(task.encoder, self.words, self.text_tokens, self.depth, self.name, random),
-            "image": image_start(task.encoder, self.image_tokens, self.depth, self.name, random),
-        }
-
-    @contextmanager
-    def acting(self, encoder: DualEncoder, found: Learned) -> Iterator[None]:
-        """Prompts in both towers."""
-        with text_prompts(encoder, found["text"], self.words), image_prompts(encoder, found["image"]):
-            yield
 
     def objective(self, task: TowerTask, found: Learned) -> Loss:
         """Cross-entropy and the three regularisers."""

@@ -63,6 +63,7 @@ def read_source(
     split: str | None = None,
     image_column: str | None = None,
     caption_column: str | None = None,
+    class_column: str | None = None,
 ) -> Source:
     """Read image-text data of any known format.
 
@@ -73,6 +74,7 @@ def read_source(
         split: `train`, `val` (also `dev`, `validation`) or `test`; None reads all.
         image_column: column of a table with the image paths.
         caption_column: column of a table with the captions.
+        class_column: column of a table with the classes.
 
     Returns:
         The records in a fixed order; `format` tells the guess, `problems` what was left out and why.
@@ -84,7 +86,7 @@ def read_source(
     if format is not None and format not in FORMATS:
         raise ConfigError(f"Unknown source format '{format}'. {did_you_mean(format, FORMATS)}")
     place = Path(path)
-    options = SourceOptions(None if images is None else Path(images), split, image_column, caption_column)
+    options = SourceOptions(None if images is None else Path(images), split, image_column, caption_column, class_column)
     if not place.exists() and not is_shard_spec(place):
         near = did_you_mean(place.name, _neighbours(place)) if place.parent.is_dir() else ""
         raise DataError(

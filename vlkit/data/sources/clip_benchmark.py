@@ -8,13 +8,10 @@ import re
 from pathlib import Path
 
 from vlkit.data.records import Problems, Source
-from vlkit.data.sources.annotated import Annotated, Layout, build_source, read_lines
+from vlkit.data.sources.annotated import Annotated, Layout, read_lines
 from vlkit.data.sources.coco import ANNOTATION_FOLDERS, annotated_images
-from vlkit.data.sources.coco import IMAGE_FOLDERS as COCO_FOLDERS
-from vlkit.data.sources.image_files import ImageLookup, image_folders
-from vlkit.data.sources.karpathy import FLICKR_FOLDERS
-from vlkit.data.sources.options import SourceOptions, require_split
-from vlkit.errors import DataError
+from vlkit.data.sources.options import SourceOptions
+from vlkit.data.sources.split_files import read_split_files
 
 _NAME = re.compile(r"(coco)_(train|val|test)_karpathy\.json|(flickr(?:8k|30k))_(train|val|test)_karpathy\.txt")
 
@@ -44,17 +41,15 @@ def read_clip_benchmark(path: Path, options: SourceOptions) -> Source:
     files = [path] if path.is_file() else caption_files(path)
     if not files:
         raise LAYOUT.error(f"No *_karpathy.json or *_karpathy.txt in {path}.")
-    if len({file.name.split("_")[0] for file in files}) > 1:
-        raise DataError(f"{path} holds several data sets: {', '.join(f.name for f in files)}. Name the file itself.")
-    wanted = require_split(options.split, [_split_of(file) for file in files], path)
-    problems = Problems()
-    images = [
-        image for file in files if wanted is None or _split_of(file) == wanted for image in _images(file, problems)
-    ]
-    names = (*COCO_FOLDERS, *(name for name in FLICKR_FOLDERS if name not in COCO_FOLDERS))
-    above = files[0].parent.name in ANNOTATION_FOLDERS
-    lookup = ImageLookup(image_folders(files[0], names, options.images, also_above=above))
-    return build_source(images, lookup, LAYOUT, files[0], problems, options.split)
+    return read_split_files(
+        files,
+        path,
+        options,
+        LAYOUT,
+        split_of=_split_of,
+        images_of=_images,
+        annotation_folders=ANNOTATION_FOLDERS,
+    )
 
 
 def caption_files(folder: Path) -> list[Path]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vlkit.data.records import Problems
-from vlkit.errors import DataError
+from vlkit.data.sources.annotated import read_text
+from vlkit.errors import DataError, did_you_mean
 from vlkit.escape import one_line
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
@@ -40,6 +41,27 @@ def read_delimited(
         raise DataError(f"{path}, line 1: {error}. The first line names the columns.") from error
     _check_header(header, delimiter, path)
     return header, _rows(reader, header, path, problems)
+
+
+def read_table(file: str | Path, *columns: str) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of a .csv or .tsv as (where, cells by column); rows that do not fit the header are left out.
+
+    Args:
+        file: its ending says what separates cells.
+        columns: those it must have.
+
+    Raises:
+        DataError: unreadable, another kind of file, or no such column.
+    """
+    path = Path(file)
+    delimiter = DELIMITERS.get(path.suffix.lower())
+    if delimiter is None:
+        raise DataError(f"{path}: expected a table .csv or .tsv with a header.")
+    header, rows = read_delimited(read_text(path), delimiter, path, Problems())
+    for column in columns:
+        if column not in header:
+            raise DataError(f"{path} has no column {column!r}. {did_you_mean(column, header)}")
+    return list(rows)
 
 
 def _check_header(header: list[str], delimiter: str, path: Path) -> None:

@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from vlkit.data.records import Problems, Source
-from vlkit.data.sources.annotated import Annotated, Layout, build_source, read_json
+from vlkit.data.sources.annotated import Annotated, Layout, read_json
 from vlkit.data.sources.coco import ANNOTATION_FOLDERS, coco_file_names
-from vlkit.data.sources.coco import IMAGE_FOLDERS as COCO_FOLDERS
-from vlkit.data.sources.image_files import ImageLookup, image_folders
-from vlkit.data.sources.karpathy import FLICKR_FOLDERS
-from vlkit.data.sources.options import SourceOptions, require_split
-from vlkit.errors import DataError
+from vlkit.data.sources.options import SourceOptions
+from vlkit.data.sources.split_files import read_split_files
 
 _NAME = re.compile(r"(coco_karpathy|flickr30k)_(train|val|test)\.json")
 _COCO_ID = re.compile(r"COCO_(?:train|val)2014_(\d{12})\.jpg$")
@@ -48,16 +45,15 @@ def read_lavis(path: Path, options: SourceOptions) -> Source:
     files = [path] if path.is_file() else annotation_files(path)
     if not files:
         raise LAYOUT.error(f"No coco_karpathy_*.json or flickr30k_*.json in {path}.")
-    if len({file.name.split("_")[0] for file in files}) > 1:
-        raise DataError(f"{path} holds several data sets: {', '.join(f.name for f in files)}. Name the file itself.")
-    wanted = require_split(options.split, [split_in_name(file) for file in files], path)
-    problems = Problems()
-    chosen = [file for file in files if wanted is None or split_in_name(file) == wanted]
-    images = [image for file in chosen for image in _images(file, problems)]
-    names = (*COCO_FOLDERS, *(name for name in FLICKR_FOLDERS if name not in COCO_FOLDERS))
-    above = files[0].parent.name in (*ANNOTATION_FOLDERS, "annotation")
-    lookup = ImageLookup(image_folders(files[0], names, options.images, also_above=above))
-    return build_source(images, lookup, LAYOUT, files[0], problems, options.split)
+    return read_split_files(
+        files,
+        path,
+        options,
+        LAYOUT,
+        split_of=split_in_name,
+        images_of=_images,
+        annotation_folders=(*ANNOTATION_FOLDERS, "annotation"),
+    )
 
 
 def annotation_files(folder: Path) -> list[Path]:

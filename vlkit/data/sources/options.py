@@ -19,6 +19,7 @@ class SourceOptions:
     split: str | None = None
     image_column: str | None = None
     caption_column: str | None = None
+    class_column: str | None = None
 
     def check_used(self, name: str, used: Iterable[str]) -> None:
         """Refuse an option that would have no effect: mostly it means that the format is another than meant.

@@ -137,13 +137,16 @@ def _captioned(path: Path, found: dict[str, str]) -> dict[str, str]:
 def _table_candidates(path: Path, options: SourceOptions, flickr30k: Path | None) -> dict[str, str]:
     tables = [file for file in tables_in(path) if file != flickr30k or not _is_kaggle30k(file)]
     tables = [file for file in tables if file.suffix.lower() != PARQUET or not holds_images(file)]
-    named = options.image_column is not None or options.caption_column is not None
+    named = any(one is not None for one in (options.image_column, options.caption_column, options.class_column))
     sure = [file for file in tables if named or recognised(_columns(file))]
     if sure:
         return {"table": ", ".join(file.name for file in sure)}
     if tables and _holds_images(path):
         columns = "; ".join(f"{file.name} has the columns {', '.join(_columns(file))}" for file in tables)
-        return {"table": f"{one_line(columns, 300)} (name two by --image-column, --caption-column)", "folder": "images"}
+        return {
+            "table": f"{one_line(columns, 300)} (name two by --image-column, --caption-column, --class-column)",
+            "folder": "images",
+        }
     return {}
 
 

@@ -56,8 +56,8 @@ def read_table(path: Path, options: SourceOptions) -> Source:
 
     Args:
         path: the table, or a folder that holds exactly one.
-        options: `images` (folder the paths are relative to; default the table's own), `split`, and the two
-            columns by name (any case).
+        options: `images` (folder the paths are relative to; default the table's own), `split`, and the
+            columns of images, captions and classes by name (any case).
 
     Returns:
         One record an image; the key is the path as written, normalised.
@@ -67,7 +67,7 @@ def read_table(path: Path, options: SourceOptions) -> Source:
         DataError: unreadable table, missing columns, no such split, or nothing usable.
         ConfigError: a column named in `options` does not exist.
     """
-    options.check_used("table", ["images", "split", "image_column", "caption_column"])
+    options.check_used("table", ["images", "split", "image_column", "caption_column", "class_column"])
     path = _only_table(path)
     problems = Problems()
     header, rows = _read_rows(path, problems)
@@ -159,8 +159,8 @@ def _object_rows(values: Iterator[tuple[str, Any]], problems: Problems) -> tuple
 def _choose_columns(header: Sequence[str], options: SourceOptions, path: Path) -> Columns:
     image = column_named(header, options.image_column, IMAGE_COLUMNS, "--image-column", path)
     caption = column_named(header, options.caption_column, CAPTION_COLUMNS, "--caption-column", path)
-    label = find_column(header, LABEL_COLUMNS)
-    if label in (image, caption):
+    label = column_named(header, options.class_column, LABEL_COLUMNS, "--class-column", path)
+    if label in (image, caption) and options.class_column is None:
         label = None
     have = f"have: {one_line(', '.join(header), 300) or 'none'}"
     if image is None and find_column(header, URL_COLUMNS):
@@ -177,7 +177,7 @@ def _choose_columns(header: Sequence[str], options: SourceOptions, path: Path) -
     if caption is None and label is None:
         raise DataError(
             f"{path}: no column {' | '.join(CAPTION_COLUMNS)} found, {have}. Name the one with the captions by "
-            "--caption-column."
+            "--caption-column, or the one with the classes by --class-column."
         )
     return Columns(image, caption, label, find_column(header, SPLIT_COLUMN))
 

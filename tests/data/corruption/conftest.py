@@ -1,23 +1,23 @@
-"""Randomly damaged tars and images: nothing crashes or hangs, no image meets another's caption, counts add up.
+"""Samples that know their number, and what is done to shards of them.
 
 Each image carries its number as a 4 x 4 pattern of black and white cells, each caption the same number with a check
 sum, so a pair that does not belong together shows itself, and damage cannot turn one number into another. The keys are
 the same in all shards, which is what tempts a reader to pair across them.
 
-Not among the damages: whole aligned blocks put in the place of others. No reader can see that in a tar; the check sum
-in the stats file does (`test_validate.py`).
+Fixtures:
+    numbered    `NumberedSamples`: the samples, and the number that pixels and texts tell.
+    damage      `damage(case, folder)`: writes the shards of a case with one to three damages; says which.
+    harms       names of all damages.
 """
 
 import gzip
 import hashlib
 import io
 import json
-import signal
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,17 +26,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_tools.fix_shards import LEFT_OUT, fix_shards
-from data_tools.validate import validate_shards
-from vlkit.data.decode import decode_image
-from vlkit.data.loader import Loader
-from vlkit.data.shard_index import ShardIndex, ShardSet
-from vlkit.data.sources import read_source
-from vlkit.data.transforms import Preprocess
-from vlkit.errors import DataError
-
 SHARDS, ROWS, CELL = 3, 6, 16
-SECONDS_PER_CASE = 60
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 
 
@@ -322,36 +312,7 @@ BOMBS = (
 )  # fmt: skip
 
 
-# --- reading what is left, and what must hold ---
-
-
-class Letters:
-    """Texts to their bytes, so that a batch still tells which caption it holds."""
-
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        rows = [list(text.encode()[:60]) for text in texts]
-        out = torch.zeros(len(rows), 64, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            out[i, : len(row)] = torch.tensor(row)
-        return out
-
-    @staticmethod
-    def read(tokens: torch.Tensor) -> str:
-        return bytes(value for value in tokens.tolist() if 0 < value < 256).decode("utf-8", "replace")
-
-
-@contextmanager
-def watchdog(case: int) -> Iterator[None]:
-    def bark(*_: object) -> None:
-        raise TimeoutError(f"case {case} took more than {SECONDS_PER_CASE} s")
-
-    before = signal.signal(signal.SIGALRM, bark)
-    signal.alarm(SECONDS_PER_CASE)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+# --- a case ---
 
 
 class Outcome(NamedTuple):
@@ -383,147 +344,36 @@ def damage(case: int, folder: Path) -> Outcome:
     return outcome._replace(only_images=only_images)
 
 
-def check_pair(pixels: torch.Tensor, text: str, shard: int) -> bool:
-    """Whether both are whole; fails when they are of different samples."""
-    shown, said = number_in_pixels(pixels), number_in_text(text)
-    if shown is not None and said is not None:
-        assert shown == said, f"the image of {shown} with the caption of {said}"
-        assert shown // ROWS == shard, f"sample {shown} in shard {shard}"
-    return shown is not None and said is not None
+class NumberedSamples:
+    """What a test asks about the samples."""
+
+    shards, rows, samples = SHARDS, ROWS, SHARDS * ROWS
+    side = 4 * CELL  # pixels of an image
+    pictures = PICTURES
+    caption = staticmethod(caption)
+    in_pixels = staticmethod(number_in_pixels)
+    in_text = staticmethod(number_in_text)
+
+    @staticmethod
+    def check_pair(pixels: torch.Tensor, text: str, shard: int) -> bool:
+        """Whether both are whole; fails when they are of different samples."""
+        shown, said = number_in_pixels(pixels), number_in_text(text)
+        if shown is not None and said is not None:
+            assert shown == said, f"the image of {shown} with the caption of {said}"
+            assert shown // ROWS == shard, f"sample {shown} in shard {shard}"
+        return shown is not None and said is not None
 
 
-def openable(folder: Path) -> list[Path]:
-    """The tars that can be opened; a tar refused must say why."""
-    good = []
-    for path in sorted(folder.glob("*.tar")):
-        try:
-            ShardIndex.open(path)
-        except DataError as error:
-            assert path.name in str(error)
-        else:
-            good.append(path)
-    return good
+@pytest.fixture
+def numbered() -> NumberedSamples:
+    return NumberedSamples()
 
 
-def check_loader(shards: ShardSet, workers: int = 0) -> dict[int, int]:
-    """Whole pairs by shard."""
-    preprocess = Preprocess(size=4 * CELL, resize_mode="squash")
-    whole: dict[int, int] = {}
-    rows = invalid = 0
-    seen: list[str] = []
-    settings = {"batch_size": 4, "remainder": "keep", "max_bad_fraction": 1, "captions_per_image": 1}
-    with Loader(shards, Letters(), preprocess=preprocess, workers=workers, **settings) as loader:
-        for batch in loader.epoch(0):
-            assert batch.text_to_image.tolist() == list(range(len(batch.ids)))
-            for row in range(len(batch.ids)):
-                if batch.keys[row] == "":
-                    assert not batch.valid[row]
-                    continue
-                rows += 1
-                seen.append(batch.keys[row])
-                if not batch.valid[row]:
-                    invalid += 1
-                    continue
-                shard = int(batch.keys[row].partition("/")[0])
-                whole[shard] = whole.get(shard, 0) + check_pair(
-                    batch.images[row], Letters.read(batch.tokens[row]), shard
-                )
-        report = loader.report()
-    assert rows == report.num_samples == shards.num_samples and len(set(seen)) == rows
-    assert invalid == report.num_broken == sum(report.causes.values())
-    assert report.num_broken == sum(problems.total for problems in report.shards.values())
-    return whole
+@pytest.fixture(name="damage")
+def _damage() -> Callable[[int, Path], Outcome]:
+    return damage
 
 
-def check_source(folder: Path, names: list[Path], shards: ShardSet) -> None:
-    source = read_source("::".join(map(str, names)), format="webdataset")
-    unread = source.problems.counts["label or captions that cannot be read"]
-    assert len(source) + unread == shards.num_samples
-    for record in source:
-        try:
-            pixels = decode_image(record.image.read(), where=record.key)
-        except DataError:
-            continue
-        for text in record.captions:
-            check_pair(pixels, text, int(record.key.partition("/")[0]))
-
-
-def check_case(case: int, folder: Path, workers: int = 0) -> Outcome:
-    outcome = damage(case, folder)
-    names = openable(folder)
-    report = validate_shards(folder)
-    assert report.num_shards == SHARDS and (report.problems.total > 0 or report.num_samples <= SHARDS * ROWS)
-    undecoded = sum(n for cause, n in report.problems.counts.items() if cause.startswith("image that does not decode"))
-    assert report.num_decoded + undecoded + report.problems.counts["sample that cannot be read"] == report.num_samples
-    untouched = set(range(SHARDS)) - outcome.touched
-    if not names:
-        assert not untouched
-        return outcome
-    try:
-        shards = ShardSet.open(names)
-    except DataError as error:
-        assert "No usable sample" in str(error) and not untouched
-        return outcome
-    assert shards.num_samples == report.num_samples
-    whole = check_loader(shards, workers)
-    assert all(whole.get(shard) == ROWS for shard in untouched), (whole, untouched)
-    if outcome.only_images:
-        assert shards.num_samples == SHARDS * ROWS
-    check_source(folder, names, shards)
-    return outcome
-
-
-@pytest.mark.parametrize("part", range(6))
-def test_damage_costs_samples_and_nothing_else(part, tmp_path):
-    for case in range(part * 10, part * 10 + 10):
-        with watchdog(case):
-            check_case(case, tmp_path / str(case))
-
-
-@pytest.mark.slow
-def test_two_thousand_damages(tmp_path):
-    import resource
-
-    seen: set[str] = set()
-    for case in range(2000):
-        with watchdog(case):
-            outcome = check_case(case, tmp_path / str(case), workers=2 if case % 400 == 7 else 0)
-        seen.update(name.partition(" ")[2] for name in outcome.damages)
-    assert seen == {harm.__name__ for harm in (*IN_FILES, *IN_BYTES)}
-    # 80 MB hidden in a picture's comment must not be unpacked a hundred times over.
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1_500_000, "kB"
-
-
-@pytest.mark.parametrize("case", [3, 11, 24])
-def test_a_fixed_copy_is_whole(case, tmp_path):
-    folder, out = tmp_path / "shards", tmp_path / "clean"
-    damage(case, folder)
-    report = validate_shards(folder)
-    fixed = fix_shards(report, out)
-    again = validate_shards(out)
-    assert again.ok, again.lines()
-    assert again.num_samples == fixed.copied.num_samples > 0
-    lines = [json.loads(line) for line in (out / LEFT_OUT).read_text().splitlines()]
-    assert len(lines) == fixed.left_out.total and all(line["cause"] for line in lines)
-
-
-def test_the_patterns_and_captions_tell_their_number():
-    for number, data in enumerate(PICTURES):
-        assert number_in_pixels(decode_image(data, where="")) == number == number_in_text(caption(number))
-    assert number_in_text(caption(3).replace("3", "4", 1)) is None
-    assert check_pair(decode_image(PICTURES[1], where=""), caption(1), 0)
-    with pytest.raises(AssertionError, match="the image of 1 with the caption of 2"):
-        check_pair(decode_image(PICTURES[1], where=""), caption(2), 0)
-
-
-def test_brackets_nested_by_the_thousand_and_labels_beyond_all_classes(tmp_path):
-    """What a run of this file found: the first went past the loader as RecursionError, the second filled the memory."""
-    members = [Member("a.png", PICTURES[1]), Member("a.json", b"[" * 100_000), Member("a.cls", b"9" * 12)]
-    (tmp_path / "0.tar").write_bytes(tar_bytes(members, tarfile.USTAR_FORMAT))
-    shard = ShardIndex.open(tmp_path / "0.tar")
-    with pytest.raises(DataError, match="bad JSON"):
-        shard.captions(0)
-    with pytest.raises(DataError, match="expected a class number"):
-        shard.label(0)
-    with pytest.raises(DataError, match="No usable sample"):
-        read_source(tmp_path / "0.tar", format="webdataset")
+@pytest.fixture
+def harms() -> set[str]:
+    return {harm.__name__ for harm in (*IN_FILES, *IN_BYTES)}
