@@ -221,6 +221,7 @@ def leaderboard_sections(board: Leaderboard) -> list[Section]:
     note = (
         f"{len(bench.test)} images, 95% intervals. Changes are points against plain on the same images, with paired "
         "intervals; where zero lies within, chance may be all there is."
+        + (" * sees the test images." if any(row.transductive for row in board.rows) else "")
     )
     sections: list[Section] = []
     for direction in dict.fromkeys(head.rpartition("/")[0] for head in heads):
@@ -244,14 +245,19 @@ def _metrics_table(board: Leaderboard, title: str, heads: Sequence[str], note: s
         columns += [head.rpartition("/")[2], "change"]
     rows = []
     for row in [board.rows[0], *sorted(board.rows[1:], key=lambda one: -one.metrics[heads[0]])]:
-        cells = [_shown_name(row)]
+        cells = [row.name + (" *" if row.transductive else "")]
         for head in heads:
             low, high = row.intervals[head]
-            shown = (f"{row.metrics[head]:.2%} ({100 * low:.1f} to {100 * high:.1f})", change_text(row, head))
-            # A cell breaks before an interval, not within it.
-            cells += [cell.replace(" to ", "\u00a0to\u00a0") for cell in shown]
+            cells += [_breakable(f"{row.metrics[head]:.2%}", low, high, ".1f")]
+            change = row.differences.get(head)
+            cells += [_breakable(f"{100 * change.difference:+.2f}", change.low, change.high, "+.1f") if change else ""]
         rows.append(cells)
     return Table(title, columns, rows, note, sortable=True)
+
+
+def _breakable(value: str, low: float, high: float, digits: str) -> str:
+    """A value and its interval in points; on a phone the line breaks between them, not within the interval."""
+    return f"{value} ({100 * low:{digits}}\u00a0to\u00a0{100 * high:{digits}})"
 
 
 def change_text(row: Row, metric: str) -> str:

@@ -1,7 +1,8 @@
-"""What each add-on costs beside plain zero-shot: fitting, use and memory, all in one run on one small encoder.
+"""What each add-on costs beside plain zero-shot on one small encoder: fitting, use and memory.
 
     python tests/benchmarks/addon_costs.py --data $VLKIT_DATA --methods tip_adapter,tta [--json]
     python tests/benchmarks/addon_costs.py --data $VLKIT_DATA --out tests/benchmarks/addon_costs.md     # all of them
+    python tests/benchmarks/addon_costs.py --data $VLKIT_DATA --out ... --known lines.jsonl    # goes on after a stop
 
 Classification: 20 classes of Caltech-101, 8 images of each to learn from, 4 to validate on, 90 others to use it on.
 Retrieval (`r:` before a name): 500 training images of Flickr8k with captions, 100 test images with theirs. Merges: the
@@ -322,8 +323,14 @@ ESCAPED = "\\|"
 MADE_WITH = "Made with `python tests/benchmarks/addon_costs.py --data $VLKIT_DATA --out FILE.md`, model {}."
 
 
-def write_table(path: Path, model: str, costs: Sequence[Cost], failed: Sequence[str]) -> None:
-    """The lines as Markdown, below what this script says of them."""
+def read_known(path: Path) -> dict[str, Cost]:
+    """The lines of an earlier run with --json."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {row["method"]: Cost(**row) for row in rows if "left_out" not in row}
+
+
+def write_table(path: Path, model: str, costs: Sequence[Cost], failed: Sequence[str], later: Sequence[str]) -> None:
+    """The lines as Markdown, below what this script says of them, and which were measured in a run of their own."""
     encoder = "`local-dir:tests/data/encoder`" if model.endswith(f":{ENCODER}") else f"`{model}`"
     about = (__doc__ or "").split("\n\n")
     lines = [f"# {about[0]}", "", MADE_WITH.format(encoder), "", *"\n\n".join(about[2:]).strip().split("\n"), ""]
@@ -334,6 +341,8 @@ def write_table(path: Path, model: str, costs: Sequence[Cost], failed: Sequence[
         cells = (f"`{cost.method}`", cost.slot, *times, f"{cost.scores_ms:.2f}", *memory, cost.settings)
         lines.append(f"| {' | '.join(cell.replace('|', ESCAPED) for cell in cells)} |")
     lines += ["", *(f"Left out: {reason}" for reason in failed)]
+    if later:
+        lines.append(f"Measured in a later run than the others: {', '.join(later)}.")
     path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
@@ -345,6 +354,7 @@ def main() -> None:
     parser.add_argument("--model", default=f"local-dir:{ENCODER}")
     parser.add_argument("--methods", help="some of them, with commas")
     parser.add_argument("--json", action="store_true", help="one object a line")
+    parser.add_argument("--known", type=Path, help="file of --json lines; what has one is not measured again")
     parser.add_argument("--out", type=Path, help="Markdown file to write the table into, when all are measured")
     arguments = parser.parse_args()
     if arguments.data is None:
@@ -356,21 +366,24 @@ def main() -> None:
         parser.error(f"nothing to measure: {', '.join(unknown)}; there are {', '.join(all_names())}")
     if arguments.out and not arguments.out.parent.is_dir():
         parser.error(f"there is no folder {arguments.out.parent}")
-    costs, failed = [], []
+    known = read_known(arguments.known) if arguments.known else {}
+    left = [name for name in names if name not in known]
+    failed = []
     with tempfile.TemporaryDirectory() as files:
         setting = read(arguments.model, arguments.data, Path(files))
         if not arguments.json:
             print(HEAD)
-        for name, slot, words, case in cases(names, setting):
+        for name, slot, words, case in cases(left, setting):
             line = measured(name, slot, words, case, plain_case(name, slot, setting))
             if isinstance(line, str):
                 failed.append(f"{name}: {line}")
                 print(json.dumps({"method": name, "left_out": line}) if arguments.json else f"{name:<22} {line}")
             else:
-                costs.append(line)
+                known[name] = line
                 print(json.dumps(line._asdict()) if arguments.json else shown(line), flush=True)
     if arguments.out:
-        write_table(arguments.out, arguments.model, costs, failed)
+        costs = [known[name] for name in names if name in known]
+        write_table(arguments.out, arguments.model, costs, failed, left if arguments.known else ())
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ WHY_KEYS = {
     "both": "doubly right", "only_class": "class alone right", "only_reason": "reason alone right", "class": "accuracy",
 }  # fmt: skip
 CONCEPTS = Path(__file__).with_name("caltech101_concepts.json")
-DEAL = "epochs=2,batch_size=32,crop=0.5,confidence=fitted,lr=1e-5"
+DEAL = "epochs=1,batch_size=32,crop=0.5,confidence=fitted,lr=1e-4"
 LEARNER = "coop:context=4,per_class=true,optimizer=adamw,lr=0.01,epochs=60,batch_size=10000"
 
 
@@ -114,8 +114,8 @@ def why(source: FeatureSource, data: Path) -> Iterator[Line]:
         f"{len(CLASSES)} classes x {len(REASONS)} reasons out of captions, learned from {len(scenes[0].train)} images"
     )
     for key in WHY_KEYS:
-        plain, tuned = (pooled(found[kind][key]) for kind in (False, True))
-        yield compared("why_prompt", "Flickr8k", "", plain, tuned, WHY_KEYS[key], settings=settings, note=words)
+        plain, value = (pooled(found[kind][key]) for kind in (False, True))
+        yield compared("why_prompt", "Flickr8k", "", plain, value, WHY_KEYS[key], settings=settings, note=words)
 
 
 def with_reasons(data: Path) -> list[Record]:
@@ -246,8 +246,9 @@ class Asked(NamedTuple):
     """State of a learner with so many labels."""
 
     labels: int
+    assumed: int  # beside them
+    right: int  # of those
     hits: Hits
-    note: str
 
 
 def active_caltech101(source: FeatureSource, data: Path) -> Iterator[Line]:
@@ -275,9 +276,15 @@ def asked_on(source: FeatureSource, data: PromptSet, pool: int, rounds: Sequence
             if number == 1 and way == "selective":  # it begins with clusters
                 continue
             plain, value = (pooled([one[place].hits for one in found[name]]) for name in (beside, way))
-            words = "; ".join(dict.fromkeys(one[place].note for one in found[way] if one[place].note))
+            words = spared([one[place] for one in found[way]]) if way == "selective" else ""
             settings = f"{way}, plain: {beside}"
             yield compared("active", data.name, shots, plain, value, settings=settings, note=words)._replace(slot="")
+
+
+def spared(parts: Sequence[Asked]) -> str:
+    labels, assumed, right = map(sum, zip(*((one.labels, one.assumed, one.right) for one in parts), strict=True))
+    share = f", {right / assumed:.0%} of them right" if assumed else ""
+    return f"{labels / len(parts):.0f} labels, {assumed / len(parts):.0f} more assumed{share}"
 
 
 def course(
@@ -308,8 +315,7 @@ def course(
         right += sum(int(guessed[row]) == answers[row] for row in one.assumed)
         guessed = classifier.logits(images).argmax(1)
         hits = (classifier.logits(test).argmax(1) == labels).double().tolist()
-        words = f"{one.questions} labels and {free} assumed, {right} of them right" if selective else ""
-        asked = Asked(one.questions, (hits, [record.key for record in drawn.test]), words)
+        asked = Asked(one.questions, free, right, (hits, [record.key for record in drawn.test]))
         found |= {limit: asked for limit in limits if one.questions <= limit}
     return [found[limit] for limit in limits]
 

@@ -88,4 +88,4 @@ def test_killed_at_any_moment_it_ends_equal(name: str, tmp_path: Path) -> None:
     subprocess.run([*command, str(tmp_path / "out")], check=True, capture_output=True)
     written = {path: data for path, data in content(tmp_path / "out").items() if not path.endswith(".tmp")}
     assert written == content(tmp_path / "whole")
-    assert pq.read_table(tmp_path / "out" / "metadata" / "metadata_0.parquet").num_rows == 8
+    assert pq.read_table(tmp_path / "out" / "metadata" / "metadata_00.parquet").num_rows == 8

@@ -109,6 +109,8 @@ def embed(
         )
     if rank > 0:
         return
+    if world_size > 1:
+        say(f"embedded, copied and parts kept are the share of the first of {world_size} processes")
     from vlkit.features.store import open_features
 
     failures = open_features(out).failures

@@ -10,7 +10,7 @@ from vlkit.addons.labelled_pixels import LabelledPixels
 from vlkit.addons.pipeline import Pipeline
 from vlkit.errors import ConfigError
 
-SHORT = {"epochs": 12, "lr": 8.0, "batch_size": 6, "frame": 0.25}
+SHORT: Any = {"epochs": 12, "lr": 8.0, "batch_size": 6, "frame": 0.25}
 
 
 def test_learns_and_leaves_the_model_as_it_was(learned_well: Any) -> None:
@@ -18,6 +18,7 @@ def test_learns_and_leaves_the_model_as_it_was(learned_well: Any) -> None:
     assert fitted.delta.shape == (3, 32, 32) and fitted.steps == 24
     assert (fitted.delta[:, 8:24, 8:24] == 0).all(), "nothing over the image itself"
     assert (fitted.delta[:, :8] != 0).float().mean() > 0.9
+    assert fitted.trained == 3 * (32 * 32 - 16 * 16), "what is inside does not count"
 
 
 def test_a_frame_of_0_is_padding(tower_case: Any) -> None:

@@ -121,6 +121,11 @@ class PixelPrompt(InputEdit):
             )
         return self._framed(images, self.delta.to(images))
 
+    @property
+    def trained(self) -> int | None:
+        """Numbers changed by training: those of the frame."""
+        return None if self.delta is None else int(3 * self._mask(self.delta.shape[-1]).sum())
+
     def border(self, size: int) -> int:
         """Width of the frame in pixels."""
         return max(1, round(self.frame * size))
