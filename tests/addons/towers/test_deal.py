@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,26 @@ def test_the_contrastive_part(tower_case: Any, short: Any, task_of: Any) -> None
     assert loss == pytest.approx(expected, abs=1e-4) == contrast(logits).item()
 
 
+def test_terms_keep_their_share_beside_a_smaller_multiplier(short: Any, task_of: Any) -> None:
+    rows, plain = torch.tensor([0, 5, 9]), {"consistent": 0.0, "sparse": 0.0}
+    shares = []
+    for scale in (100.0, 2.0):
+        losses = []
+        for weight in (0.0, 10.0):
+            addon = short(separate=weight, **plain)
+            with addon.training(task := replace(task_of(addon), scale=scale)) as found:
+                losses.append(addon.objective(task, found)(rows).item())
+        shares.append((losses[1] - losses[0]) / scale)
+    assert shares[0] > 0 and shares[0] == pytest.approx(shares[1], rel=1e-2)
+
+
 def test_separated_maps_overlap_less(tower_case: Any, file: str) -> None:
     shots = tower_case.reference.few_shot
     pixels = torch.cat([chunk.images for chunk in tower_case.source.embedder.iterate_pixels(shots.records)])
     lists = [CONCEPTS["red"][:2], CONCEPTS["Lime"], CONCEPTS["blue"]]
     found = []
     plan: Any = {"crop": 1.0, "batch_size": 6, "epochs": 10, "lr": 3e-4}
-    for weight in (0.0, 30.0):
+    for weight in (0.0, 3000.0 / tower_case.source.logit_scale):
         addon = Deal(file=file, concepts=2, separate=weight, consistent=0.0, sparse=0.0, **plan)
         fitted: Any = Pipeline([addon]).fit(tower_case.reference, tower_case.source).addons[0]
         with fitted.edit(tower_case.encoder):

@@ -60,7 +60,8 @@ class Deal(WeightLearner):
     Attributes:
         file: JSON of class name -> concepts, as for `descriptions`.
         concepts: of each class, the first of its list.
-        separate, consistent, sparse: weights of the three terms; all 0 is contrastive fine-tuning.
+        separate, consistent, sparse: weights of the three terms beside InfoNCE of 100 x cosine (with another multiplier
+            they shrink with it, for so do its gradients); all 0 is contrastive fine-tuning.
     """
 
     epochs: int = 1
@@ -105,7 +106,7 @@ class Deal(WeightLearner):
                 maps = concept_maps(task.encoder, task.images(rows), of_class, of_concepts)
             held = terms(maps.concepts, maps.category)
             kept = self.separate * held.separate + self.consistent * held.consistent + self.sparse * held.sparse
-            total: Tensor = contrast(task.scale * maps.image @ of_class.T) + kept
+            total: Tensor = contrast(task.scale * maps.image @ of_class.T) + task.from_paper(1.0) * kept
             return total
 
         return loss
