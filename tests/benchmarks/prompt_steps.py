@@ -242,21 +242,25 @@ class PlainPromptSrc(Plain):
 
 class PlainTpt(Plain):
     def step(self, rows: Tensor) -> Tensor:
-        views = self.frozen_images(views_of(self.case.images[rows[0]]))
-        context = parameter(self.values["vectors"])
-        optimizer = torch.optim.AdamW([context], TUNING_LR)
-        chances = (self.scale * views @ self.texts(context).T).log_softmax(1)
-        surest = (-(chances.exp() * chances).sum(1)).argsort()[: int(0.1 * len(views))]
-        mean = chances[surest].logsumexp(0) - torch.tensor(float(len(surest))).log()
-        (-(mean.exp() * mean).sum()).backward()
+        start = self.values  # each image starts anew
+        self.values = {**start, "vectors": parameter(start["vectors"])}
+        optimizer = torch.optim.AdamW([self.values["vectors"]], TUNING_LR)
+        self.loss(rows).backward()
         optimizer.step()
         image = self.frozen_images(self.case.images[rows])
         with torch.no_grad():
-            logits: Tensor = self.scale * image @ self.texts(context).T
+            logits: Tensor = self.scale * image @ self.texts(self.values["vectors"]).T
+        self.values = start
         return logits
 
     def loss(self, rows: Tensor) -> Tensor:
-        raise NotImplementedError  # each image starts anew
+        """() entropy of the mean prediction over the surest tenth of the views of one image."""
+        views = self.frozen_images(views_of(self.case.images[rows[0]]))
+        chances = (self.scale * views @ self.texts(self.values["vectors"]).T).log_softmax(1)
+        surest = (-(chances.exp() * chances).sum(1)).argsort()[: int(0.1 * len(views))]
+        mean = chances[surest].logsumexp(0) - torch.tensor(float(len(surest))).log()
+        entropy: Tensor = -(mean.exp() * mean).sum()
+        return entropy
 
 
 class OursTpt(Ours):

@@ -45,7 +45,7 @@ def test_json_lines_and_unreadable_images(call_vlkit, model, photos):
         assert sum(item["probability"] for item in line["classes"]) == pytest.approx(1, abs=1e-5)
         assert line["probability"].startswith("softmax(") and line["unsure"] is False
     assert "error" in lines[3]
-    assert "1 unreadable images" in called.err and "broken.jpg" in called.err
+    assert "unreadable images: 1" in called.err and "broken.jpg" in called.err
 
 
 def test_csv_sorting_report_and_threshold(call_vlkit, model, photos, tmp_path):

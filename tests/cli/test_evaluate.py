@@ -187,7 +187,7 @@ def test_unreadable_images_are_named_and_left_out_with_their_captions(
     assert line["counts"]["images"] == 4 and line["counts"]["unreadable_images"] == 1
     assert line["counts"]["texts_of_unreadable_images"] == len(captions(8))
     assert line["left_out"]["unreadable"] == ["2008_ab.jpg"]
-    assert "1 unreadable images are left out" in called.err and "2008_ab.jpg" in called.err
+    assert "unreadable images, left out of every number: 1" in called.err and "2008_ab.jpg" in called.err
 
 
 def test_all_splits_together_are_remarked_on(model: str, tmp_path: Path, call_vlkit: CALLS) -> None:

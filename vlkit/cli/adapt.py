@@ -209,5 +209,5 @@ def _report(
         listed = ", ".join(drawn.val[:MAX_SHOWN]) + (f", and {more} more (--json lists all)" if more > 0 else "")
         say(f"held out for validation: {listed}")
     if drawn.unreadable:
-        say(f"{len(drawn.unreadable)} unreadable images were left out (first: {drawn.unreadable[0][0]}).")
+        say(f"unreadable images, left out: {len(drawn.unreadable)} (first: {drawn.unreadable[0][0]})")
     say(f"saved in {out}; use it with --addon {out}")

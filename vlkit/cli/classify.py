@@ -217,7 +217,7 @@ def _closing_remarks(unreadable: "list[Unreadable]", sorter: "Sorter | None", wr
     for path in written:
         say(f"written: {path}")
     if unreadable:
-        say(f"{len(unreadable)} unreadable images:")
+        say(f"unreadable images: {len(unreadable)}")
         for item in unreadable[:MAX_UNREADABLE_SHOWN]:
             say(f"  {item.record.key}: {item.reason}")
         if len(unreadable) > MAX_UNREADABLE_SHOWN:

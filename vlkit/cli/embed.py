@@ -129,7 +129,7 @@ def embed(
         return
     print_table(str(out), ("", "count"), [(name.replace("_", " "), count) for name, count in counts.items()])
     if failures:
-        say(f"{len(failures)} unreadable images, all named in {out / 'failures'}:")
+        say(f"unreadable images, all named in {out / 'failures'}: {len(failures)}")
         for key, reason in list(failures.items())[:MAX_UNREADABLE_SHOWN]:
             say(f"  {key}: {reason}")
 

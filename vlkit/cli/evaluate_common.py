@@ -307,7 +307,7 @@ def hand_over(
             say(f"not measured: {count} {key.replace('_', ' ')}")
     unreadable = evaluation.figures.get("unreadable_images", ())
     if unreadable:
-        say(f"{len(unreadable)} unreadable images are left out of every number:")
+        say(f"unreadable images, left out of every number: {len(unreadable)}")
         for key, reason in unreadable[:MAX_UNREADABLE_SHOWN]:
             say(f"  {key}: {reason}")
         if len(unreadable) > MAX_UNREADABLE_SHOWN:
