@@ -32,12 +32,14 @@ def classification(
     images: str | None = None,
     format: str | None = None,  # noqa: A002
     split: str | None = None,
+    image_column: str | None = None,
+    class_column: str | None = None,
     templates: str | None = None,
     class_names: str | None = None,
     exclude: Sequence[str] = (),
 ) -> Evaluator:
     """`vlkit eval classification`, of one or of several classes an image."""
-    source, classes = _classes(data, images, format, split, class_names, exclude)
+    source, classes = _classes(data, images, format, split, class_names, exclude, image_column, class_column)
     chosen: str | tuple[str, ...] = templates or source.templates or "simple"
     if isinstance(chosen, str):
         load_templates(chosen)
@@ -191,8 +193,11 @@ def _classes(
     split: str | None = None,
     class_names: str | None = None,
     exclude: Sequence[str] | None = None,
+    image_column: str | None = None,
+    class_column: str | None = None,
 ) -> tuple[Source, NamedClasses]:
-    source = read_source(data, format=format, images=images, split=split)
+    columns = {"image_column": image_column, "class_column": class_column}
+    source = read_source(data, format=format, images=images, split=split, **columns)
     file = None if class_names is None else Path(class_names)
     return source, name_classes(source.class_names, source.records, file, exclude or ())
 

@@ -28,6 +28,7 @@ from eval.explanation import ExplanationEvaluator
 from eval.folds import FoldedRetrieval
 from eval.grounding import ReferringEvaluator, View
 from eval.image_caption_choice import ImageCaptionChoiceEvaluator
+from eval.mask_refinement import DILATIONS
 from eval.mined_pairs import MinedPairsEvaluator
 from eval.pointing import PointingEvaluator
 from eval.referring_sets import read_refcoco, unique_objects
@@ -89,11 +90,15 @@ def retrieval(
     images: str | None = None,
     format: str | None = None,  # noqa: A002
     split: str | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
     text_prefix: str = "",
     folds: int = 1,
 ) -> Evaluator:
     """`vlkit eval retrieval`."""
-    source = read_source(data, format=format, images=images, split=split)
+    source = read_source(
+        data, format=format, images=images, split=split, image_column=image_column, caption_column=caption_column
+    )
     return FoldedRetrieval(RetrievalEvaluator(source.records, text_prefix=text_prefix), folds)
 
 
@@ -144,14 +149,17 @@ def segmentation(
     background: Background = "ignored",
     threshold: float = 0.0,
     logit_scale: float | None = None,
+    denoise: float = 0.0,
     short_side: int | None = None,
     stride: int | None = None,
+    refine: int = 0,
+    refine_dilations: Sequence[int] = DILATIONS,
 ) -> Evaluator:
     """`vlkit eval segmentation`."""
     load_templates(templates)
     return SegmentationEvaluator(
-        read_instances(data, images), None, templates, background, threshold, logit_scale,
-        short_side=short_side, stride=stride,
+        read_instances(data, images), None, templates, background, threshold, logit_scale, denoise, short_side, stride,
+        refine, tuple(refine_dilations),
     )  # fmt: skip
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlkit.cli.addon_options import AddOns, fitted_on_names, pipeline_of
-from vlkit.cli.console import Json, Precision, print_json, print_table, progress_bar, say
-from vlkit.cli.options import MAX_UNREADABLE_SHOWN, BatchSize, Device, ImagePaths, Model, NoCache, Templates
+from vlkit.cli.console import Json, Precision, print_json, print_table, progress_bar, say, say_unreadable
+from vlkit.cli.options import BatchSize, Device, ImagePaths, Model, NoCache, Templates
 from vlkit.errors import ConfigError, DataError
 from vlkit.escape import csv_cell
 
@@ -217,8 +217,5 @@ def _closing_remarks(unreadable: "list[Unreadable]", sorter: "Sorter | None", wr
     for path in written:
         say(f"written: {path}")
     if unreadable:
-        say(f"unreadable images: {len(unreadable)}")
-        for item in unreadable[:MAX_UNREADABLE_SHOWN]:
-            say(f"  {item.record.key}: {item.reason}")
-        if len(unreadable) > MAX_UNREADABLE_SHOWN:
-            say(f"  ... and {len(unreadable) - MAX_UNREADABLE_SHOWN} more (--json lists all).")
+        found = [(item.record.key, item.reason) for item in unreadable]
+        say_unreadable("unreadable images", found, " (--json lists all).")

@@ -38,6 +38,8 @@ class Decode(StrEnum):
     REFERENCE = "reference"
 
 
+# Of the images that could not be read, so many are named; how many there are is said in any case.
+MAX_UNREADABLE_SHOWN = 20
 # A table that goes into a file or a pipe is not folded at 80 columns: each row stays one line.
 _UNFOLDED = 10_000
 
@@ -55,6 +57,15 @@ def log() -> "Console":
 def say(message: str) -> None:
     """One remark on stderr; the text is shown as it is, never run as markup or escapes."""
     log().print(terminal_text(message), soft_wrap=True)
+
+
+def say_unreadable(title: str, images: Sequence[tuple[str, str]], all_are_in: str = "") -> None:
+    """The number of images that could not be read, and of the first ones name and reason."""
+    say(f"{title}: {len(images)}")
+    for name, reason in images[:MAX_UNREADABLE_SHOWN]:
+        say(f"  {reason if reason.startswith(name) else f'{name}: {reason}'}")
+    if len(images) > MAX_UNREADABLE_SHOWN:
+        say(f"  ... and {len(images) - MAX_UNREADABLE_SHOWN} more{all_are_in}")
 
 
 def print_json(value: Any) -> None:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from vlkit.cli.console import Json, print_json, print_table, progress_bar, say
-from vlkit.cli.options import MAX_UNREADABLE_SHOWN, BatchSize, Device, Model
+from vlkit.cli.console import Json, print_json, print_table, progress_bar, say, say_unreadable
+from vlkit.cli.options import BatchSize, Device, Model
 
 
 class Engine(StrEnum):
@@ -129,9 +129,7 @@ def embed(
         return
     print_table(str(out), ("", "count"), [(name.replace("_", " "), count) for name, count in counts.items()])
     if failures:
-        say(f"unreadable images, all named in {out / 'failures'}: {len(failures)}")
-        for key, reason in list(failures.items())[:MAX_UNREADABLE_SHOWN]:
-            say(f"  {key}: {reason}")
+        say_unreadable(f"unreadable images, all named in {out / 'failures'}", list(failures.items()))
 
 
 def _own_device(device: str) -> str:

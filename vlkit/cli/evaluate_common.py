@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlkit.cli.console import Json, print_json, print_table, progress_bar, say
-from vlkit.cli.options import MAX_UNREADABLE_SHOWN, BatchSize, Device, Model, NoCache
+from vlkit.cli.console import MAX_UNREADABLE_SHOWN, Json, print_json, print_table, progress_bar, say, say_unreadable
+from vlkit.cli.options import BatchSize, Device, Model, NoCache
 from vlkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -307,11 +307,7 @@ def hand_over(
             say(f"not measured: {count} {key.replace('_', ' ')}")
     unreadable = evaluation.figures.get("unreadable_images", ())
     if unreadable:
-        say(f"unreadable images, left out of every number: {len(unreadable)}")
-        for key, reason in unreadable[:MAX_UNREADABLE_SHOWN]:
-            say(f"  {key}: {reason}")
-        if len(unreadable) > MAX_UNREADABLE_SHOWN:
-            say(f"  ... and {len(unreadable) - MAX_UNREADABLE_SHOWN} more")
+        say_unreadable("unreadable images, left out of every number", unreadable)
     for path in (per_item, report):
         if path is not None:
             say(f"written: {path}")

@@ -13,6 +13,3 @@ Templates = Annotated[str, typer.Option(help="none, photo, simple, imagenet80, a
 Device = Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a device's name.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images encoded together.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Encode everything anew.")]
-
-# Of the images that could not be read, so many are named; how many there are is said in any case.
-MAX_UNREADABLE_SHOWN = 20
