@@ -1,5 +1,7 @@
 """Weights in bf16 and the reference decoder: what they change, and that the cache keeps them apart."""
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +11,17 @@ import torch
 from PIL import Image
 
 from vlkit.data.images import iterate_images
+from vlkit.data.transforms import Preprocess
 from vlkit.errors import ModelError
 from vlkit.features.cache import FeatureCache
 from vlkit.features.source import open_source
-from vlkit.models.bf16 import bf16_copy
+from vlkit.models.bf16 import bf16_copy, gains_by_bf16
+from vlkit.models.dual_encoder import DualEncoder
+from vlkit.models.hf_encoder import HfEncoder
 from vlkit.models.load import load_embedder, pick_precision
 from vlkit.models.open_clip_encoder import build_encoder
 from vlkit.models.saved import save_encoder
+from vlkit.models.tokenizers import CLIP_BPE, TextTokenizer
 
 ARCHITECTURE = {
     "embed_dim": 32,
@@ -101,6 +107,7 @@ def test_a_tower_of_another_kind_is_rounded_as_a_whole() -> None:
     torch.manual_seed(0)
     convolutions = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "head_width": 16}
     encoder = build_encoder({**ARCHITECTURE, "vision_cfg": convolutions}).eval()
+    assert not gains_by_bf16(encoder)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     tokens = encoder.tokenize(["a dog", "a cat"])
     half = bf16_copy(encoder)
@@ -113,6 +120,53 @@ def test_a_tower_of_another_kind_is_rounded_as_a_whole() -> None:
             (encoder.encode_text(tokens), half.encode_text(tokens)),
         ):
             assert torch.cosine_similarity(a, b.float()).min() > 0.999
+
+
+def timm_in_open_clip() -> DualEncoder:
+    tower = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "linear", "image_size": 224}
+    return build_encoder({**ARCHITECTURE, "vision_cfg": tower})
+
+
+def clip_of_transformers() -> DualEncoder:
+    import transformers
+
+    tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**tower, "image_size": 32, "patch_size": 8}
+    text = {**tower, "max_position_embeddings": 16, "vocab_size": 49408, "eos_token_id": 49407}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
+    return HfEncoder(transformers.CLIPModel(config), Preprocess(size=32), TextTokenizer(CLIP_BPE, 16))
+
+
+def siglip_of_transformers() -> DualEncoder:
+    import transformers
+
+    tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**tower, "image_size": 32, "patch_size": 8}
+    text = {**tower, "max_position_embeddings": 16, "vocab_size": 49408, "projection_size": 64}
+    config = transformers.SiglipConfig(text_config=text, vision_config=vision)
+    return HfEncoder(transformers.SiglipModel(config), Preprocess(size=32), TextTokenizer(CLIP_BPE, 16, True))
+
+
+@pytest.mark.parametrize("build", [timm_in_open_clip, clip_of_transformers, siglip_of_transformers])
+def test_blocks_of_timm_and_transformers_are_rounded_likewise(build: Callable[[], DualEncoder]) -> None:
+    torch.manual_seed(0)
+    encoder = build().eval()
+    assert gains_by_bf16(encoder)
+    half = bf16_copy(encoder)
+    rounded = {name for name, tensor in half.weights().items() if tensor.dtype == torch.bfloat16}
+    places = re.compile(r"(blocks|resblocks|layers)\.\d+\.(attn|self_attn|mlp)\.")
+    assert rounded == {name for name in encoder.weights() if places.search(name)}
+    assert {"image" if "vis" in name else "text" for name in rounded} == {"image", "text"}
+    size = encoder.image_size
+    images = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    tokens = encoder.tokenize(["a dog", "two cats on a red sofa"])
+    with torch.inference_mode():
+        for a, b in (
+            (encoder.encode_image(images), half.encode_image(images)),
+            (encoder.encode_text(tokens), half.encode_text(tokens)),
+        ):
+            assert b.dtype == torch.float32 and not torch.equal(a, b)
+            assert torch.cosine_similarity(a, b).min() > 0.9998
 
 
 def test_an_unknown_precision_is_refused() -> None:

@@ -9,37 +9,58 @@ and the last projection stay as they are: they cost little and would lose most. 
 whose flat background makes every patch err alike, by 0.0026 instead of 0.033; for 6% more time. Autocast errs like
 everything in bf16, because the sum comes out of the first convolution in bf16.
 
-A tower that is no such transformer (convolutions, other libraries) becomes bf16 as a whole.
+So with the blocks of open_clip, and those of transformers' CLIP and SigLIP and of timm's ViTs. A tower without such
+blocks (convolutions, other libraries) becomes bf16 as a whole.
 """
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vlkit.errors import ModelError
 from vlkit.models.dual_encoder import DualEncoder
+from vlkit.models.layers import Side, tower_modules
 
 # The scale and the bias of the scores, and the pixels' mean and deviation: single numbers that everything hangs on.
 _NEVER = frozenset({"logit_scale", "logit_bias", "mean", "std"})
-_TOWERS = {"visual": "vision_tower", "text": "text_tower"}
+_SIDES: tuple[Side, ...] = ("image", "text")
+
+
+class _Block(NamedTuple):
+    """Names of the parts of a residual block."""
+
+    norms: tuple[str, str]
+    matrices: tuple[str, str]
+
+
+_OF_TRANSFORMERS = _Block(("layer_norm1", "layer_norm2"), ("self_attn", "mlp"))
+# By file and class.
+_BLOCKS = {
+    "transformer.ResidualAttentionBlock": _Block(("ln_1", "ln_2"), ("attn", "mlp")),
+    "modeling_clip.CLIPEncoderLayer": _OF_TRANSFORMERS,
+    "modeling_siglip.SiglipEncoderLayer": _OF_TRANSFORMERS,
+    "vision_transformer.Block": _Block(("norm1", "norm2"), ("attn", "mlp")),
+}
 
 
 def to_bf16(encoder: DualEncoder) -> None:
     """Round in place; whoever shares the encoder's parameters keeps them as they were."""
-    blocks = {part: list(_plain_blocks(encoder, tower)) for part, tower in _TOWERS.items()}
-    for module in (block for of_tower in blocks.values() for block in of_tower):
-        for matrices in (module.attn, module.mlp):
-            _round(matrices)
-        for norm in (module.ln_1, module.ln_2):
-            norm.register_forward_hook(_as_bf16)
-    rest = [part for part, of_tower in blocks.items() if not of_tower]
+    towers = {side: _tower(encoder, side) for side in _SIDES}
+    blocks = {side: list(_plain_blocks(tower)) for side, tower in towers.items()}
+    for block, parts in (found for of_tower in blocks.values() for found in of_tower):
+        for name in parts.matrices:
+            _round(block.get_submodule(name))
+        for name in parts.norms:
+            block.get_submodule(name).register_forward_hook(_as_bf16)
+    rest = [side for side, of_tower in blocks.items() if not of_tower]
     if len(rest) == len(blocks):
         _round(encoder)
     else:
-        for part in rest:
-            _round(encoder.get_submodule(f"model.{part}"))
+        for module in (module for side in rest for module in towers[side]):
+            _round(module)
 
 
 def bf16_copy(encoder: DualEncoder) -> DualEncoder:
@@ -50,12 +71,26 @@ def bf16_copy(encoder: DualEncoder) -> DualEncoder:
     return copied
 
 
-def _plain_blocks(encoder: DualEncoder, tower: str) -> Iterator[Any]:
-    """The blocks of a tower if all are open_clip's plain ones; else none."""
-    if tower in encoder.gives:
-        modules = [block.module for block in getattr(encoder, tower).blocks]
-        if all(type(module).__name__ == "ResidualAttentionBlock" for module in modules):
-            yield from modules
+def gains_by_bf16(encoder: DualEncoder) -> bool:
+    """Whether both towers are such transformers: convolutions with batch norms become no faster, and lose more."""
+    return all(any(_plain_blocks(_tower(encoder, side))) for side in _SIDES)
+
+
+def _tower(encoder: DualEncoder, side: Side) -> list[nn.Module]:
+    """The modules of a tower; none for an encoder of another build."""
+    try:
+        return list(tower_modules(encoder, side).values())
+    except ModelError:
+        return []
+
+
+def _plain_blocks(tower: list[nn.Module]) -> Iterator[tuple[nn.Module, _Block]]:
+    """The blocks of a tower, and what their parts are called."""
+    for part in (part for module in tower for part in module.modules()):
+        kind = type(part)
+        found = _BLOCKS.get(f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}")
+        if found is not None:
+            yield part, found
 
 
 def _round(module: nn.Module) -> None:

@@ -113,8 +113,9 @@ def pick_precision(precision: Precision, device: torch.device) -> Literal["fp32"
 def _is_wanted_bf16(encoder: "DualEncoder", precision: Precision) -> bool:
     if pick_precision(precision, encoder.device) == "fp32":
         return False
-    # Left to itself only where it pays: convolutions with batch norms become no faster, and lose more.
-    return precision == "bf16" or {"vision_tower", "text_tower"} <= encoder.gives
+    from vlkit.models.bf16 import gains_by_bf16
+
+    return precision == "bf16" or gains_by_bf16(encoder)
 
 
 def _multiplies_bf16(device: torch.device) -> bool:
