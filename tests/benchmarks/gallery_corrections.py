@@ -1,6 +1,7 @@
 """Gallery corrections in retrieval on Flickr8k; whatever is chosen is chosen on dev before test is read.
 
     python tests/benchmarks/gallery_corrections.py --data $VLKIT_DATA/flickr8k [--model local-dir:FOLDER] [--json]
+    python tests/benchmarks/gallery_corrections.py --table "general_small"=FILE.jsonl "LiT"=OTHER.jsonl
 
 Banks are the images and captions of the training split. For each method and direction the setting with the best
 recall@10 on the dev split (the first of equal ones) is taken, and measured once on the test split: recall@1, 5 and 10,
@@ -9,6 +10,8 @@ often each gallery item stands among the ten best: what hubs do to a ranking. "b
 row may see, and tells how much there is to gain from a perfect bank. `tta` (with `--methods ...,tta`) has nothing to
 choose; `tta + X` is method X on averaged views, its setting chosen anew on dev in these views; of the training images
 its bank has 500, in ten views, and the captions of all.
+
+The second form prints text-to-image recall@10 of several encoders side by side, out of what `--json` wrote for each.
 """
 
 import argparse
@@ -226,13 +229,41 @@ def shown(row: Row) -> str:
     return f"{row.direction:<14} {row.method:<24} {'  '.join(cells)}  skew {row.skew:.2f}  ({settings})"
 
 
+def table(files: Mapping[str, Path]) -> str:
+    """Text-to-image recall@10 in Markdown: a row a method, a column an encoder."""
+    found = {}
+    for name, file in files.items():
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        found[name] = {one["method"]: one for one in lines if one["direction"] == "text_to_image"}
+    shown = ["| | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
+    plain = [one["plain"] for one in found.values()]
+    shown.append("| plain | " + " | ".join(f"{100 * one['recall']['recall@10']:.1f}%" for one in plain) + " |")
+    shown.append("| skew of plain | " + " | ".join(f"{one['skew']:.2f}" for one in plain) + " |")
+    for method in next(iter(found.values())):
+        if method != "plain":
+            cells = [_difference(one[method]["difference"]["recall@10"]) for one in found.values()]
+            shown.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(shown)
+
+
+def _difference(change: Sequence[float]) -> str:
+    middle, low, high = (100 * number for number in change)
+    text = f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"**{text}**" if low > 0 else text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder of Flickr8k")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", type=Path, help="the folder of Flickr8k")
+    what.add_argument("--table", nargs="+", metavar="NAME=FILE", help="JSON lines of encoders, to print beside another")
     parser.add_argument("--model", default=f"local-dir:{ENCODER}")
     parser.add_argument("--json", action="store_true", help="one object a line")
     parser.add_argument("--methods", default=",".join([*GRIDS, "tta"]), help="some of them, with commas")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table({name: Path(file) for name, _, file in (one.partition("=") for one in arguments.table)}))
+        return
     for row in rows(arguments.model, arguments.data, arguments.methods.split(",")):
         print(json.dumps(row._asdict()) if arguments.json else shown(row), flush=True)
 
