@@ -20,12 +20,11 @@ class Changes(NamedTuple):
     num_new: int
     num_changed: int
     num_removed: int
-    num_same: int
 
     def __str__(self) -> str:
         """For a message."""
         counts = f"{self.num_new} images are new, {self.num_changed} changed, {self.num_removed} gone"
-        return counts + (" (captions, labels or the order differ)" if not any(self[:3]) else "")
+        return counts + (" (captions, labels or the order differ)" if not any(self) else "")
 
 
 class Row(NamedTuple):
@@ -52,10 +51,10 @@ class OldParts:
         return row if row is not None and row.content == stamp.content and stamp.file_size >= 0 else None
 
     def changes(self, keys: Sequence[str], stamps: Sequence[Stamp]) -> Changes:
-        """What is new, changed, gone and the same."""
+        """What is new, changed and gone."""
         same = sum(self.unchanged(key, stamp) is not None for key, stamp in zip(keys, stamps, strict=True))
         known = sum(key in self.rows for key in keys)
-        return Changes(len(keys) - known, known - same, len(self.rows) - known, same)
+        return Changes(len(keys) - known, known - same, len(self.rows) - known)
 
     def matrix(self, name: str, part: int) -> NDArray[Any]:
         """One file of a part, memory-mapped."""

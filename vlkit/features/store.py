@@ -123,7 +123,7 @@ class StoredFeatures:
         return {line["key"]: line["reason"] for line in lines}
 
     def images(self, patches: bool = False, views: bool = False) -> FeatureSet:
-        """Features of all images, in memory; patches and views stay on disk.
+        """Features of all images, in memory; patches and views of a set in one part stay on disk.
 
         Raises:
             GalleryError: patches or views are asked for, but were not embedded.
@@ -167,11 +167,6 @@ class StoredFeatures:
             fingerprint=self.fingerprint,
             text_to_image=torch.from_numpy(owners),
         )
-
-    def patch_part(self, part: int) -> NDArray[Any]:
-        """(n,P,D) of one part, memory-mapped."""
-        file = part_file(self.folder, "patch_emb", part, self.about.num_parts)
-        return np.load(file, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
 
     def _joined(self, name: str) -> NDArray[Any]:
         count = self.about.num_parts
