@@ -82,6 +82,8 @@ def build_evaluator(section: EvalSettings) -> Evaluator:
     except ValidationError as error:
         lines = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
         raise ConfigError(f"[[eval]] name = {name!r}: options {lines}.") from error
+    except ConfigError as error:
+        raise ConfigError(f"[[eval]] name = {name!r}: {error}") from error
 
 
 def retrieval(

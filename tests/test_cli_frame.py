@@ -13,7 +13,7 @@ import pytest
 
 import vlkit
 from vlkit.cli import COMMANDS, app
-from vlkit.cli.console import print_json, print_table, progress_bar, say
+from vlkit.cli.console import MAX_UNREADABLE_SHOWN, print_json, print_table, progress_bar, say, say_unreadable
 from vlkit.errors import DataError
 
 Call = Callable[..., Any]
@@ -33,6 +33,19 @@ def trial() -> Iterator[list[BaseException | Callable[[], None]]]:
     app.command("trial")(trial)
     yield actions
     app.registered_commands.pop()
+
+
+def test_an_unreadable_image_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    images = [("a/1.jpg", "a/1.jpg is truncated"), ("1", "x.tar: 1.jpg is truncated")]
+    say_unreadable("unreadable images", images)
+    assert capsys.readouterr().err.splitlines() == [
+        "unreadable images: 2",
+        "  a/1.jpg is truncated",
+        "  1: x.tar: 1.jpg is truncated",
+    ]
+    say_unreadable("unreadable images", images[:1] * (MAX_UNREADABLE_SHOWN + 3), " (--json lists all).")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == MAX_UNREADABLE_SHOWN + 2 and lines[-1] == "  ... and 3 more (--json lists all)."
 
 
 def test_help_lists_the_commands(call_vlkit: Call) -> None:

@@ -187,16 +187,18 @@ def test_columns_and_refinement_are_what_the_commands_take(root: Path) -> None:
         "file,short,long,kind,group\n"
         + "\n".join(f"photos/{CLASSES[n]}/{n}.png,a {n},a long {n},{CLASSES[n]},{'ab'[n % 2]}" for n in range(4))
     )
-    data = str(root / "columns.csv")
-    columns = {"image_column": "file", "caption_column": "long"}
-    captions = build_evaluator(EvalSettings(name="retrieval", data=data, options=columns, every="1 steps"))
-    assert [record.captions for record in captions.evaluator.records] == [(f"a long {n}",) for n in range(4)]  # type: ignore[attr-defined]
-    columns = {"image_column": "file", "class_column": "group"}
-    classes: Any = build_evaluator(EvalSettings(name="classification", data=data, options=columns, every="1 steps"))
+
+    def built(name: str, data: str, **options: Any) -> Any:
+        section = {"name": name, "data": str(root / data), "options": options, "every": "1 steps"}
+        return build_evaluator(EvalSettings.model_validate_json(json.dumps(section)))
+
+    captions = built("retrieval", "columns.csv", image_column="file", caption_column="long")
+    assert [record.captions for record in captions.evaluator.records] == [(f"a long {n}",) for n in range(4)]
+    classes = built("classification", "columns.csv", image_column="file", class_column="group")
     assert list(classes.class_names) == ["a", "b"]
-    options = {"refine": 3, "refine_dilations": [1, 2], "denoise": 0.1}
-    section = EvalSettings(name="segmentation", data=str(root / "coco"), options=options, every="1 steps")
-    masks: Any = build_evaluator(section)
+    with pytest.raises(ConfigError, match=r"\[\[eval\]\] name = 'classification': --class-column has no effect"):
+        built("classification", "photos", class_column="group")
+    masks = built("segmentation", "coco", refine=3, refine_dilations=[1, 2], denoise=0.1)
     assert (masks.refine_steps, masks.refine_dilations, masks.denoise) == (3, (1, 2), 0.1)
 
 

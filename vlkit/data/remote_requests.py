@@ -113,7 +113,7 @@ def request(
             raise StoppedError
         try:
             return action()
-        except Exception as error:
+        except Exception as error:  # each store's client has its own types; what none of these knows goes on as it is
             if _is_missing(error):
                 raise FileNotFoundError(what) from error
             refusal = _refusal(error)
