@@ -192,8 +192,9 @@ class DataSettings(Settings):
 class OptimSettings(Settings):
     """[optim]: optimiser, learning rate schedule, precision."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices by Muon, the rest by AdamW
     lr: Positive = 5e-4  # at the top of the schedule
+    matrix_lr: Positive | None = None  # of the matrices that Muon moves, at the top of the schedule; default: lr
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     eps: Positive = 1e-6
     weight_decay: NotNegative = 0.2
@@ -211,6 +212,12 @@ class OptimSettings(Settings):
     def _lr_range(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr = {self.min_lr:g} is above lr = {self.lr:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _matrices_of_muon(self) -> Self:
+        if self.matrix_lr is not None and self.name != "muon":
+            raise ValueError(f'matrix_lr is of name = "muon"; name = "{self.name}" has no such rate. Leave it out.')
         return self
 
 

@@ -46,6 +46,7 @@ METHODS = {
     "lit": Method("flickr8k_small", ("model.init={lit}", "model.freeze=['image']"), "clip", True),
     "clip_vit": Method("flickr8k_vit", (), "clip_vit"),
     "flip": Method("flickr8k_vit", ("model.patch_dropout=0.5",), "clip_vit"),
+    "muon": Method("flickr8k_vit", ("optim.name=muon", "optim.lr=2e-3", "optim.matrix_lr=6e-3"), "clip_vit"),
 }
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from vlkit.config import OptimSettings
 from vlkit.contracts import ImageTextBatch
 from vlkit.data.transforms import Preprocess
 from vlkit.distributed import gather_rows
@@ -29,8 +30,9 @@ from vlkit.losses import ClipLoss, Objective, SigmoidLoss, clip_loss, sigmoid_lo
 from vlkit.models.dual_encoder import DualEncoder
 from vlkit.models.tokenizers import TextTokenizer
 from vlkit.training.cached import CachedStep, EncodeStep
+from vlkit.training.optim import make_optimizer
 from vlkit.training.parallel import on_ranks
-from vlkit.training.sharded import shard, total_norm, whole
+from vlkit.training.sharded import placed_like, shard, total_norm, whole
 
 CPU = torch.device("cpu")
 IMAGES, WIDTH, PIXELS, WORDS = 16, 6, 4, 5
@@ -225,12 +227,37 @@ def gathered_rows(rank: int, world: int) -> float:
     return (mine.grad / world - expected).abs().max().item()
 
 
+def muon_steps() -> float:
+    """Three steps of Muon on parameters that FSDP spreads, against the same on whole ones."""
+    models = [TinyEncoder().double() for _ in range(2)]
+    for parameter in models[0].parameters():  # the same on every process
+        made = torch.Generator().manual_seed(parameter.numel())
+        parameter.data = torch.randn(parameter.shape, generator=made, dtype=torch.float64)
+    models[1].load_state_dict(models[0].state_dict())
+    shard(models[1])
+    settings = OptimSettings(name="muon", lr=0.1, weight_decay=0.5, matrix_lr=0.3)
+    for model in models:
+        optimizer = make_optimizer(model, settings)
+        assert sum(len(group["params"]) for group in optimizer.param_groups if group["muon"]) == 2
+        for step in range(3):
+            for parameter in model.parameters():
+                made = torch.Generator().manual_seed(step + parameter.numel())
+                gradient = torch.randn(parameter.shape, generator=made, dtype=torch.float64)
+                parameter.grad = placed_like(gradient, parameter)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 * group["lr_scale"]
+            optimizer.step()
+    pairs = zip(*(model.parameters() for model in models), strict=True)
+    return max((a - whole(b)).abs().max().item() for a, b in pairs)
+
+
 def main(out: str) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     rank, world = dist.get_rank(), dist.get_world_size()
     found = {" | ".join(map(str, case)): largest_difference(case, rank, world) for case in cases(world)}
     found["gather_rows"] = gathered_rows(rank, world)
+    found["muon"] = muon_steps()
     worst = torch.tensor(list(found.values()), dtype=torch.float64)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     if rank == 0:

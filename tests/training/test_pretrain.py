@@ -171,6 +171,18 @@ def test_stopped_and_resumed_is_bit_identical(make_run: Callable[..., RunConfig]
         assert [line[name] for line in ours] == [line[name] for line in theirs]
 
 
+def test_muon_continues_to_the_bit(shards: Path, tmp_path: Path) -> None:
+    muon = ("optim.name=muon", "optim.matrix_lr=0.03")
+    through = pretrain(settings(shards, tmp_path / "through", *muon))
+    stopped = settings(shards, tmp_path / "stopped", *muon)
+    pretrain(stopped, stop=stop_after(5))
+    assert_same_model(pretrain(stopped, resume=True), through)
+    state = load_file(checkpoints(through)[-1] / "optimizer.safetensors")
+    matrix = {name.rpartition("|")[2] for name in state if "mlp.c_fc.weight" in name}
+    bias = {name.rpartition("|")[2] for name in state if "mlp.c_fc.bias" in name}
+    assert matrix == {"step", "momentum"} and bias == {"step", "exp_avg", "exp_avg_sq"}
+
+
 def test_a_checkpoint_cut_in_half_is_passed_over(make_run: Callable[..., RunConfig], whole: Path) -> None:
     out = Path(make_run().run.out)
     shutil.copytree(whole, out)

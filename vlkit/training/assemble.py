@@ -202,7 +202,7 @@ def build_learner(run: RunConfig, device: torch.device) -> Learner:
     if run.run.parallel == "fsdp" and world_size() > 1:
         twin = copy.deepcopy(encoder).to("cpu")
         shard(encoder)
-    optimizer = make_optimizer(module, run.optim, lr_scales(module, encoder, run))
+    optimizer = make_optimizer(module, run.optim, lr_scales(module, encoder, run), module.precision)
     ema = None if run.optim.ema is None else Ema(encoder, run.optim.ema)
     if run.model.compile:
         compile_blocks(encoder)

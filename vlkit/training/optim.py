@@ -1,12 +1,13 @@
-"""AdamW with the right parameters decayed, and each group at its share of the learning rate."""
+"""AdamW or Muon with the right parameters decayed, and each group at its share of the learning rate."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Set
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from vlkit.config import OptimSettings
+from vlkit.training.muon import Muon, hidden_matrices
 from vlkit.training.sharded import without_mixture
 
 # A table of positions or a class token is looked up or added, never multiplied with: decay would only pull it to zero.
@@ -47,18 +48,40 @@ def decay_groups(
 
 
 def make_optimizer(
-    module: nn.Module, settings: OptimSettings, lr_scale: Mapping[str, float] | None = None
+    module: nn.Module,
+    settings: OptimSettings,
+    lr_scale: Mapping[str, float] | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of a module, in its fused form where the device has one.
+    """AdamW over the trainable parameters of a module, in its fused form where the device has one, or Muon.
 
     Args:
         lr_scale: name of a parameter -> its share of the learning rate, which the loop multiplies with.
+        precision: that the training computes in, and Muon's matrix products with it.
     """
-    devices = {parameter.device.type for parameter in module.parameters()}
-    return torch.optim.AdamW(
-        without_mixture(decay_groups(module, settings.weight_decay, lr_scale)),
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        fused=devices <= {"cpu", "cuda"},
-    )
+    groups = without_mixture(decay_groups(module, settings.weight_decay, lr_scale))
+    fused = {parameter.device.type for parameter in module.parameters()} <= {"cpu", "cuda"}
+    lr, betas, eps = settings.lr, settings.betas, settings.eps
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+    matrices = hidden_matrices(module)
+    share = 1.0 if settings.matrix_lr is None else settings.matrix_lr / lr
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    parts = [part for group in groups for part in _by_kind(group, matrices, share)]
+    return Muon(parts, lr=lr, betas=betas, eps=eps, fused=fused, dtype=dtype)
+
+
+def _by_kind(group: Mapping[str, Any], matrices: Set[str], share: float) -> list[dict[str, Any]]:
+    """A group's matrices, which learn at `share` of its rate, and its other parameters."""
+    found = []
+    for muon in (True, False):
+        pairs = [
+            (parameter, name)
+            for parameter, name in zip(group["params"], group["names"], strict=True)
+            if (name in matrices) is muon
+        ]
+        if pairs:
+            params, names = map(list, zip(*pairs, strict=True))
+            rate = group["lr_scale"] * (share if muon else 1.0)
+            found.append({**group, "params": params, "names": names, "muon": muon, "lr_scale": rate})
+    return found
