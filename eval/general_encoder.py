@@ -2,9 +2,11 @@
 
     make_general_encoder(data, cache_folder() / "general_small", out)
 
-`make encoder` calls this. A training that was interrupted continues; one that is done is only measured and copied.
+`make encoder` calls this. A training that was interrupted continues; one that is done with these settings is only
+measured and copied.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -17,7 +19,7 @@ from data_tools.general_sets import build_general_sets
 from eval.class_names import name_classes
 from eval.classification import ClassificationEvaluator
 from eval.retrieval import RetrievalEvaluator
-from vlkit.config import load_run
+from vlkit.config import RunConfig, load_run
 from vlkit.contracts import Evaluation, Progress
 from vlkit.data.sources import read_source
 from vlkit.errors import DataError
@@ -65,7 +67,7 @@ def make_general_encoder(
     Raises:
         DataError: a data set is missing, or the weights exceed 16 MiB.
     """
-    run_folder = work / "run"
+    run_folder = folder_of(load_run("general_small"), work)
     if not (run_folder / "model").is_dir():
         with bars("shards") as tick:
             tokenizers = {TOKENIZER: get_tokenizer(TOKENIZER).encode_ragged}
@@ -81,6 +83,11 @@ def make_general_encoder(
     (out / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     (out / "README.md").write_text(model_card(figures, weights_size(out)), encoding="utf-8")
     return figures
+
+
+def folder_of(run: RunConfig, work: Path) -> Path:
+    """Where a run is kept: under a name of its settings, so that one of other settings is not taken for it."""
+    return work / f"run-{hashlib.sha256(run.model_dump_json().encode()).hexdigest()[:12]}"
 
 
 def copy_encoder(run: Path, out: Path) -> None:
@@ -131,7 +138,7 @@ def model_card(figures: Mapping[str, Mapping[str, list[float]]], size: int) -> s
         for data, metrics in figures.items()
         for metric, value in metrics.items()
     ]
-    return _CARD.format(rows="\n".join(rows), size=size / 2**20)
+    return _CARD.format(rows="\n".join(rows), size=size / 2**20, samples=load_run("general_small").run.samples)
 
 
 def _classified(
@@ -155,14 +162,14 @@ _CARD = """\
 A small CLIP with a ViT (6 layers, width 192, 64 patches of 8 x 8 pixels; patch features lie in the joint space) and a
 causal text tower with CLIP's tokenizer. It is good enough to tell methods apart, and for nothing else.
 
-- Made by `make encoder`: the run file `general_small` (seed 0, 450,000 images, one CPU core), weights rounded to
-  bfloat16 ({size:.1f} MiB).
+- Made by `make encoder`: the run file `general_small` (seed 0, {samples:,} images, one CPU core, Muon), weights
+  rounded to bfloat16 ({size:.1f} MiB).
 - Data: the 6,000 training photographs of Flickr8k with their captions (each twice an epoch), 8,000 photographs of Tiny
   ImageNet with captions through templates of the class name and of its everyday kind, 1,903 Noto emoji with names and
   keywords. No picture is part of this folder.
-- Learning rate and batch were chosen by the training loss, the rest on Flickr8k's dev split. Names of everyday kinds
-  (dog, bird, truck, ...) were written down for the classes of Tiny ImageNet; some are classes of CIFAR-10 and
-  Caltech-101 too, no picture of which was used.
+- Learning rates and batch were chosen by the loss and on Flickr8k's dev split in short trainings, masking on the dev
+  split after whole ones. Names of everyday kinds (dog, bird, truck, ...) were written down for the classes of Tiny
+  ImageNet; some are classes of CIFAR-10 and Caltech-101 too, no picture of which was used.
 - Load it as `local-dir:tests/data/encoder`.
 
 | data | metric | value | 95% interval |

@@ -78,7 +78,7 @@ def _draw(
             maps = explain(embedder.encoder, pixels.to(embedder.device), features, method, last_layers).cpu()
             for row, square, heat in zip(rows, pixels, maps, strict=True):
                 picture = _as_picture(square)
-                panels = [Panel(picture, records[row].key)]
+                panels = [Panel(picture, records[row].key.rpartition("/")[2])]
                 panels += [Panel(overlay(picture, one), name) for name, one in zip(texts, heat, strict=True)]
                 path = out / f"{row:05}.png"
                 write_sheet(panels, path)

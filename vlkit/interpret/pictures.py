@@ -65,4 +65,4 @@ def write_sheet(panels: Sequence[Panel], path: Path, columns: int = 4) -> None:
         title = textwrap.fill(one_line(panel.title)[:72], _LINE)
         axes.set_title(title.replace("$", r"\$"), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.05)  # the layout leaves no room for second lines
