@@ -77,6 +77,19 @@ def test_plain_open_clip_reads_a_saved_model_with_equal_features(name: str, tmp_
     assert all(torch.equal(value, encoder.weights()[key]) for key, value in back.weights().items())
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_nothing_is_left_as_the_memory_held_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = empty(*args, **kwargs)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    encoder = build_encoder(ARCHITECTURES[name])
+    assert [key for key, value in encoder.weights().items() if value.isnan().any()] == []
+
+
 def test_a_model_with_a_tokenizer_from_the_hub_takes_it_along(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

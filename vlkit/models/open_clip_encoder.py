@@ -207,6 +207,11 @@ def construct(architecture: Architecture, folder: Path | None = None) -> OpenCli
         model = model_class(**config)
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, ZeroDivisionError, OSError) as error:
         raise ModelError(f"open_clip cannot build architecture {architecture.name}: {error!r}.") from error
+    if isinstance(model, open_clip.CoCa):
+        # open_clip writes how to draw it (MultimodalTransformer.init_parameters) and never does: it holds what the
+        # memory held, which may be NaN.
+        projection = model.text_decoder.text_projection
+        nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
     _set_timm_size(model.visual, architecture)
     open_clip.set_model_preprocess_cfg(model, architecture.preprocess.to_open_clip())
     return OpenClipEncoder(model, architecture, folder)
