@@ -217,7 +217,7 @@ class OptimSettings(Settings):
     @model_validator(mode="after")
     def _matrices_of_muon(self) -> Self:
         if self.matrix_lr is not None and self.name != "muon":
-            raise ValueError(f'matrix_lr is of name = "muon"; name = "{self.name}" has no such rate. Leave it out.')
+            raise ValueError(f'matrix_lr is of name = "muon"; name = "{self.name}" has no such rate; leave it out')
         return self
 
 

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from vlkit.config import OptimSettings
+from vlkit.errors import ConfigError
 from vlkit.training.muon import Muon, hidden_matrices, matrices_in, orthogonalized
 from vlkit.training.optim import make_optimizer
 
@@ -127,6 +128,13 @@ def test_a_parameter_without_a_gradient_stays() -> None:
 def test_a_rate_of_matrices_without_muon_is_refused() -> None:
     with pytest.raises(ValidationError, match='matrix_lr is of name = "muon"'):
         OptimSettings(matrix_lr=0.1)
+
+
+def test_a_run_without_such_matrices_is_refused() -> None:
+    module = Tower()
+    module.blocks.requires_grad_(False)
+    with pytest.raises(ConfigError, match='Use "adamw"'):
+        make_optimizer(module, OptimSettings(name="muon"))
 
 
 def test_open_clip_towers_give_their_blocks() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from vlkit.config import OptimSettings
+from vlkit.errors import ConfigError
 from vlkit.training.muon import Muon, hidden_matrices
 from vlkit.training.sharded import without_mixture
 
@@ -58,6 +59,9 @@ def make_optimizer(
     Args:
         lr_scale: name of a parameter -> its share of the learning rate, which the loop multiplies with.
         precision: that the training computes in, and Muon's matrix products with it.
+
+    Raises:
+        ConfigError: Muon, and nothing that is trained is a matrix it takes.
     """
     groups = without_mixture(decay_groups(module, settings.weight_decay, lr_scale))
     fused = {parameter.device.type for parameter in module.parameters()} <= {"cpu", "cuda"}
@@ -68,6 +72,11 @@ def make_optimizer(
     share = 1.0 if settings.matrix_lr is None else settings.matrix_lr / lr
     dtype = torch.bfloat16 if precision == "bf16" else None
     parts = [part for group in groups for part in _by_kind(group, matrices, share)]
+    if not any(part["muon"] for part in parts):
+        raise ConfigError(
+            'optim.name = "muon" moves weights of linear layers inside the blocks of a tower, and this run trains none '
+            '(only convolutions, LoRA or a head). Use "adamw".'
+        )
     return Muon(parts, lr=lr, betas=betas, eps=eps, fused=fused, dtype=dtype)
 
 
